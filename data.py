@@ -1,0 +1,125 @@
+"""Token files: their format, the order of training batches, the fixed validation windows.
+
+    python prepare_data.py python --out=data/python        # makes a data directory
+    python -m data data/python                             # describes one
+
+A data directory holds train.bin and val.bin (little-endian uint16, or uint32 for a vocabulary that needs it)
+and meta.json, which is written last: where it is, the preparation was finished.
+
+The order of the training data is a pure function of (seed, step). Nothing is stored to resume it, a rank or a
+micro-batch only takes its slice of it, and all models of a comparison see the same tokens in the same order.
+"""
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+
+from configurator import UserError, run
+
+FORMAT = 1
+END_OF_TEXT = "<|endoftext|>"
+
+
+def tokenizer(name: str) -> tiktoken.Encoding:
+    """`bytes`: 256 bytes and end-of-text, made here. Any other name is tiktoken's. Raises UserError."""
+    if name == "bytes":
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        # the pattern only cuts the text into short pieces for speed: there is nothing to merge
+        return tiktoken.Encoding(
+            "bytes", pat_str=r"(?s).{1,64}", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256}
+        )
+    try:
+        return tiktoken.get_encoding(name)
+    except ValueError:
+        names = ", ".join(["bytes", *tiktoken.list_encoding_names()])
+        raise UserError(f"unknown tokenizer {name!r}; known: {names}") from None
+    except OSError as error:  # requests' errors are OSErrors
+        raise UserError(
+            f"tokenizer {name!r} could not be downloaded ({type(error).__name__}); connect once, set "
+            "TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=bytes"
+        ) from None
+
+
+def read_meta(data_dir: str | Path) -> dict:
+    """The checked meta.json of a data directory. Raises UserError where the files are not what it says."""
+    data_dir = Path(data_dir)
+    prepare = "prepare it with: python prepare_data.py python --out=" + str(data_dir)
+    if not data_dir.is_dir():
+        raise UserError(f"data directory {data_dir} does not exist; {prepare}")
+    try:
+        meta = json.loads((data_dir / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({error})"
+        raise UserError(f"{data_dir}/meta.json is {reason}, so the preparation did not finish; {prepare}") from None
+    if meta.get("format") != FORMAT:
+        raise UserError(f"{data_dir}/meta.json has format {meta.get('format')}, expected {FORMAT}; {prepare}")
+    for split, entry in meta["splits"].items():
+        path, expected = data_dir / f"{split}.bin", entry["tokens"] * np.dtype(meta["dtype"]).itemsize
+        found = path.stat().st_size if path.is_file() else "no file"
+        if found != expected:
+            raise UserError(f"{path}: found {found}, expected {expected} bytes; {prepare}")
+    return meta
+
+
+def open_tokens(data_dir: str | Path, split: str, block_size: int, vocab_size: int) -> np.ndarray:
+    """The token ids of "train" or "val", memory-mapped and read-only, checked against the model they are for."""
+    meta = read_meta(data_dir)
+    path, entry = Path(data_dir) / f"{split}.bin", meta["splits"][split]
+    if entry["max_id"] >= vocab_size:
+        raise UserError(f"{path}: largest token id {entry['max_id']} >= vocab_size {vocab_size}; raise vocab_size")
+    if entry["tokens"] < block_size + 1:
+        raise UserError(
+            f"{path} has {entry['tokens']} tokens, block_size {block_size} needs at least {block_size + 1}; "
+            "prepare more text or lower block_size"
+        )
+    return np.memmap(path, dtype=meta["dtype"], mode="r")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The order of training, and validation
+
+
+@functools.lru_cache(maxsize=2)  # a batch may span two epochs
+def epoch_starts(n_tokens: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
+    """Where the windows of one epoch start: from a random offset cut into windows of T, in random order."""
+    # RandomState, not default_rng: NumPy promises (NEP 19) that its stream never changes, and a resumed run relies on it
+    random = np.random.RandomState([seed, epoch])
+    n_windows = max(1, (n_tokens - 1) // block_size - 1)  # the same in every epoch, whatever the offset
+    offset = random.randint(min(block_size, n_tokens - n_windows * block_size))
+    return offset + block_size * random.permutation(n_windows)
+
+
+def train_starts(n_tokens: int, block_size: int, seed: int, step: int, batch_size: int) -> np.ndarray:
+    """Where the batch_size windows of update `step` start: f(seed, step), each window once an epoch."""
+    n_windows = len(epoch_starts(n_tokens, block_size, seed, 0))
+    position = step * batch_size + np.arange(batch_size)  # in the endless sequence of windows
+    return np.array([epoch_starts(n_tokens, block_size, seed, p // n_windows)[p % n_windows] for p in position.tolist()])
+
+
+def val_starts(n_tokens: int, block_size: int) -> np.ndarray:
+    """Where the validation windows start: always all of them, in order; a tail shorter than T is left out."""
+    return np.arange((n_tokens - 1) // block_size) * block_size
+
+
+def windows(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets (the inputs one later) of the windows at `starts`: two int64 tensors (B, T)."""
+    window = torch.from_numpy(tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))  # (B, T + 1)
+    return window[:, :-1], window[:, 1:]
+
+
+def main():
+    if len(sys.argv) != 2:
+        raise UserError("usage: python -m data DIR")
+    meta = read_meta(sys.argv[1])
+    print(f"{sys.argv[1]}: {meta['source']}, tokenizer {meta['tokenizer']}, {meta['dtype']}")
+    for split, entry in meta["splits"].items():
+        print(f"  {split:5s} {entry['tokens']:>14,} tokens {entry['documents']:>10,} documents  {entry['sha256'][:12]}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -87,7 +87,7 @@ def open_tokens(data_dir: str | Path, split: str, block_size: int, vocab_size: i
 @functools.lru_cache(maxsize=2)  # a batch may span two epochs
 def epoch_starts(n_tokens: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
     """Where the windows of one epoch start: from a random offset cut into windows of T, in random order."""
-    # RandomState, not default_rng: NumPy promises (NEP 19) that its stream never changes, and a resumed run relies on it
+    # RandomState, not default_rng: NumPy promises (NEP 19) that its stream never changes, which resuming relies on
     random = np.random.RandomState([seed, epoch])
     n_windows = max(1, (n_tokens - 1) // block_size - 1)  # the same in every epoch, whatever the offset
     offset = random.randint(min(block_size, n_tokens - n_windows * block_size))
@@ -97,8 +97,8 @@ def epoch_starts(n_tokens: int, block_size: int, seed: int, epoch: int) -> np.nd
 def train_starts(n_tokens: int, block_size: int, seed: int, step: int, batch_size: int) -> np.ndarray:
     """Where the batch_size windows of update `step` start: f(seed, step), each window once an epoch."""
     n_windows = len(epoch_starts(n_tokens, block_size, seed, 0))
-    position = step * batch_size + np.arange(batch_size)  # in the endless sequence of windows
-    return np.array([epoch_starts(n_tokens, block_size, seed, p // n_windows)[p % n_windows] for p in position.tolist()])
+    positions = range(step * batch_size, (step + 1) * batch_size)  # in the endless sequence of windows
+    return np.array([epoch_starts(n_tokens, block_size, seed, p // n_windows)[p % n_windows] for p in positions])
 
 
 def val_starts(n_tokens: int, block_size: int) -> np.ndarray:

@@ -203,7 +203,7 @@ def main():
     meta = {
         "format": FORMAT, "source": source, "tokenizer": encoding.name, "vocab_size": encoding.n_vocab,
         "eot": encoding.eot_token, "dtype": dtype, "splits": splits,
-        "split_rule": "numpy default_rng(seed).permutation(documents); the first ceil(val_fraction * documents) are val",
+        "split_rule": "default_rng(seed).permutation(documents); the first ceil(val_fraction * documents) are val",
         "arguments": arguments,
     }  # fmt: skip
     partial = out / ".meta.json.partial"

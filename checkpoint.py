@@ -1,0 +1,168 @@
+"""A checkpoint is a Hugging Face GPT-2 directory: save and load models, and what a run needs to resume.
+
+    python train.py config/demo.toml                          # leaves out/.../step-00000300/
+    python -c "import checkpoint; print(checkpoint.load_model('out/demo/reference').config)"
+    python -c "import transformers; transformers.AutoModelForCausalLM.from_pretrained('out/.../step-00000300')"
+
+The files of a checkpoint:
+
+    config.json            GPT2Config's fields, and ours: bias, tokenizer
+    model.safetensors      float32, GPT-2's keys, Conv1D layout (in, out), the tied head stored once
+    optimizer.safetensors  "<key>|exp_avg", "<key>|exp_avg_sq", "<key>|step", in the layout of the weights
+    trainer_state.json     step, settings, data, versions
+    lineage.json           where each tensor came from, if it was inherited
+    manifest.json          size and sha256 of every other file (see storage.py)
+"""
+
+import re
+from pathlib import Path
+
+import torch
+
+from configurator import UserError
+from model import GPT, GPTConfig
+from storage import FORMAT, TensorFiles, publish, read_json, resolve, write_json, write_tensors
+
+CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored (in, out) by GPT-2, (out, in) by nn.Linear
+MASK_BUFFER = re.compile(r"\.attn\.(masked_)?bias$")  # the causal mask, which old GPT-2 files carry
+
+
+def hf_config(config: GPTConfig, tokenizer: str, eot: int) -> dict:
+    """config.json of a model: GPT2Config's fields, and `bias` and `tokenizer`, which transformers carries along."""
+    return {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+        "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd,
+        "n_positions": config.block_size, "vocab_size": config.vocab_size,
+        "resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout,
+        "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
+        "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "bos_token_id": eot, "eos_token_id": eot,
+        "bias": config.bias, "tokenizer": tokenizer,
+    }  # fmt: skip
+
+
+def read_config(path: Path) -> GPTConfig:
+    """The GPTConfig of a GPT-2 directory. Raises UserError for whatever this code would compute differently."""
+    config = read_json(path / "config.json")
+    same = {
+        "model_type": ("gpt2", ["gpt2"]), "activation_function": ("gelu_new", ["gelu_new", "gelu_pytorch_tanh"]),
+        "n_inner": (None, [None, 4 * config.get("n_embd", 0)]), "layer_norm_epsilon": (1e-5, [1e-5]),
+        "scale_attn_weights": (True, [True]), "tie_word_embeddings": (True, [True]),
+        "add_cross_attention": (False, [False]),
+    }  # fmt: skip
+    wrong = [
+        f"{key} is {config.get(key, default)!r}, expected {' or '.join(map(repr, accepted))}"
+        for key, (default, accepted) in same.items()
+        if config.get(key, default) not in accepted
+    ]
+    missing = [key for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size") if key not in config]
+    if wrong or missing:
+        raise UserError(f"{path}/config.json: {'; '.join(wrong + [f'no {key}' for key in missing])}")
+    try:
+        return GPTConfig(
+            n_layer=config["n_layer"], n_head=config["n_head"], n_embd=config["n_embd"],
+            block_size=config["n_positions"], vocab_size=config["vocab_size"], bias=config.get("bias", True),
+            dropout=config.get("resid_pdrop", 0.1),
+            scale_attn_by_inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False),
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"{path}/config.json: {error}") from None
+
+
+def gpt2_key(name: str) -> str | None:
+    """The key that GPT2LMHeadModel gives a stored tensor; None for a mask buffer, which is no parameter."""
+    name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)  # left by DDP and torch.compile in others' files
+    if MASK_BUFFER.search(name):
+        return None
+    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+
+
+def hf_layout(key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """nn.Linear's layout to Conv1D's, or back: it is its own inverse."""
+    return tensor.mT if CONV1D.search(key) and tensor.ndim == 2 else tensor
+
+
+def check_tensors(path: Path, found: dict[str, torch.Tensor], expected: dict[str, torch.Size]):
+    """Raise UserError naming every missing, unexpected or misshapen tensor."""
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in expected]
+    for name in expected.keys() & found.keys():
+        if found[name].shape != expected[name]:
+            problems.append(f"{name} has shape {tuple(found[name].shape)}, expected {tuple(expected[name])}")
+    if problems:
+        raise UserError(f"{path}: {'; '.join(sorted(problems)[:20])}")
+
+
+def save(path: str | Path, model: GPT, tokenizer: str, eot: int, optimizer=None, files: dict[str, dict] | None = None):
+    """Publish a model, with its optimizer's state and more JSON files (name -> content) for a resumable run.
+
+    Raises UserError, exit code 1, for a value that is not finite and for whatever the disk refuses.
+    """
+    weights, moments = {}, {}
+    for key, parameter in model.named_parameters():
+        weights[key] = hf_layout(key, parameter.detach())
+        if not model.config.bias and not key.endswith(("wte.weight", "wpe.weight")):  # transformers wants biases
+            weights[key.removesuffix("weight") + "bias"] = parameter.new_zeros(parameter.shape[0]).detach()
+        if optimizer:
+            for name, value in optimizer.state[parameter].items():
+                moments[f"{key}|{name}"] = hf_layout(key, value)
+    for key, value in (weights | moments).items():
+        if not value.isfinite().all():
+            raise UserError(f"{path} was not written: {key} holds values that are not finite", exit_code=1)
+
+    with publish(path) as directory:
+        write_json(directory / "config.json", hf_config(model.config, tokenizer, eot))
+        write_tensors(directory / "model.safetensors", weights, weights.get)
+        if optimizer:
+            write_tensors(directory / "optimizer.safetensors", moments, moments.get)
+        for name, content in (files or {}).items():
+            write_json(directory / name, content)
+
+
+@torch.no_grad()
+def load_weights(path: Path, model: GPT):
+    """Fill a model from a GPT-2 directory, every parameter exactly once. Raises UserError naming what does not fit."""
+    stored = TensorFiles(path)
+    found = {key: hf_layout(key, stored[name]) for name in stored if (key := gpt2_key(name))}
+    head = found.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, found.get("transformer.wte.weight", head.new_empty(0))):
+        raise UserError(f"{path}: lm_head.weight differs from wte.weight, but config.json says that they are tied")
+    if not model.config.bias:
+        for key in [key for key in found if key.endswith(".bias")]:
+            if found.pop(key).any():
+                raise UserError(f"{path}: {key} is not zero, but config.json says bias: false")
+    parameters = dict(model.named_parameters())
+    check_tensors(path, found, {key: parameter.shape for key, parameter in parameters.items()})
+    for key, parameter in parameters.items():
+        parameter.copy_(found[key])
+
+
+def load_model(name: str | Path, dtype: torch.dtype = torch.float32) -> GPT:
+    """The model in a checkpoint, a run or on the hub, on the CPU, in evaluation mode. Raises UserError."""
+    path = resolve(name)
+    with torch.device("meta"):  # no time and no random numbers for weights that are about to be replaced
+        model = GPT(read_config(path))
+    model = model.to(dtype).to_empty(device="cpu")
+    load_weights(path, model)
+    return model.eval()
+
+
+def load_training(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict:
+    """Put a verified checkpoint's weights and optimizer state into place; return its trainer_state.json."""
+    if not (path / "trainer_state.json").is_file():
+        raise UserError(f"{path} has weights but no training state; start from it with --init_from={path}")
+    state = read_json(path / "trainer_state.json")
+    if state["format"] != FORMAT:
+        raise UserError(f"{path}/trainer_state.json has format {state['format']}, this code reads {FORMAT}")
+    load_weights(path, model)
+    names = {parameter: key for key, parameter in model.named_parameters()}
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    stored = TensorFiles(path, "optimizer")
+    found = {name: hf_layout(name.split("|")[0], stored[name]) for name in stored}
+    expected = {f"{names[p]}|{part}": p.shape for p in order for part in ("exp_avg", "exp_avg_sq")}
+    check_tensors(path, found, expected | {f"{names[p]}|step": torch.Size([]) for p in order})
+    moments = {
+        i: {part: found[f"{names[p]}|{part}"].clone() for part in ("step", "exp_avg", "exp_avg_sq")}
+        for i, p in enumerate(order)
+    }
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return state

@@ -1,0 +1,204 @@
+"""Directories of tensors that are whole or absent: write, publish, verify, find. Any model family.
+
+    python -c "import storage; storage.verify(storage.Path('out/demo/reference/step-00000300'))"
+    python -c "import storage; print(*storage.TensorFiles(storage.resolve('out/demo/reference')), sep='\\n')"
+
+A directory is written beside its place, flushed to the disk and renamed into place, so what is there under its
+name is whole. The newest is found by looking, not by a pointer that could be wrong. manifest.json, written
+last, holds the size and the sha256 of every other file. Nothing is pickled.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from configurator import UserError
+
+FORMAT = 1
+SAFETENSORS_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Files
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync(path: Path):
+    """Flush a file, or the names in a directory, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value):
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file of a checkpoint. Raises UserError if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def write_tensors(path: Path, names: Iterable[str], read: Callable[[str], torch.Tensor]):
+    """Write a safetensors file holding one tensor in memory at a time; the library's own writer holds them all.
+
+    Format: 8 bytes length of the header, the header (JSON: dtype, shape and place of each tensor), the bytes.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        tensor = read(name)
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": SAFETENSORS_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end],
+        }  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data starts aligned
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in list(header)[1:]:
+            file.write(read(name).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+class TensorFiles(Mapping):
+    """The tensors of a directory by name, in one safetensors file or sharded, each read when it is asked for."""
+
+    def __init__(self, directory: Path, stem: str = "model"):
+        index = directory / f"{stem}.safetensors.index.json"
+        single = directory / f"{stem}.safetensors"
+        if index.is_file():
+            self.files = {name: directory / file for name, file in read_json(index)["weight_map"].items()}
+        elif single.is_file():
+            with self.open(single) as file:
+                self.files = dict.fromkeys(file.keys(), single)
+        else:
+            pickles = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+            found = f", only pickles ({', '.join(pickles)}), which can run code and are not loaded" if pickles else ""
+            raise UserError(
+                f"{single}: not found{found}; save it with transformers: "
+                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+            )
+
+    @staticmethod
+    def open(path: Path):
+        try:
+            return safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+
+    def __getitem__(self, name):
+        with self.open(self.files[name]) as file:
+            return file.get_tensor(name)
+
+    def __iter__(self):
+        return iter(self.files)
+
+    def __len__(self):
+        return len(self.files)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Publish, verify, find
+
+
+@contextlib.contextmanager
+def publish(path: str | Path):
+    """A directory to fill, which becomes `path` whole or not at all. Raises UserError if `path` exists."""
+    path = Path(path)
+    if path.exists():
+        raise UserError(f"{path} exists already; remove it or choose another place")
+    partial = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        files = sorted(partial.iterdir())
+        for file in files:
+            fsync(file)
+        entries = {file.name: [file.stat().st_size, sha256_of(file)] for file in files}
+        write_json(partial / "manifest.json", {"format": FORMAT, "files": entries})
+        fsync(partial / "manifest.json")
+        fsync(partial)
+        os.rename(partial, path)
+        fsync(path.parent)
+    except OSError as error:
+        raise UserError(f"{path} was not written: {error.strerror or error}", exit_code=1) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gone already if all went well
+
+
+def verify(path: Path):
+    """Raise UserError unless every file of a published checkpoint is what its manifest says."""
+    manifest = read_json(path / "manifest.json")
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path} has format {manifest.get('format')}, this code reads {FORMAT}")
+    for name, (size, sha256) in manifest["files"].items():
+        file = path / name
+        found = file.stat().st_size if file.is_file() else "no file"
+        if found != size:
+            raise UserError(f"{file}: found {found}, expected {size} bytes; the checkpoint is damaged")
+        if sha256_of(file) != sha256:
+            raise UserError(f"{file}: sha256 mismatch; the checkpoint is damaged")
+
+
+def steps(run_dir: str | Path) -> list[Path]:
+    """The checkpoints of a run that are in place, oldest first."""
+    return sorted(p for p in Path(run_dir).glob("step-*") if re.fullmatch(r"step-\d{8}", p.name))
+
+
+def latest(run_dir: str | Path) -> Path | None:
+    """The checkpoint of a run with the highest step that verifies; prints a line for each that does not."""
+    for path in reversed(steps(run_dir)):
+        try:
+            verify(path)
+        except UserError as error:
+            print(f"ignored {path}: {error}")
+        else:
+            return path
+    return None
+
+
+def resolve(name: str | Path) -> Path:
+    """The verified directory of a model: a checkpoint, a run (its latest checkpoint) or a name on the hub.
+
+    A directory without a manifest, as transformers writes it, is taken as it is. Raises UserError.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            path = latest(path)
+            if path is None:
+                raise UserError(f"{name}: no checkpoint there (expected config.json, or step-*/ directories)")
+        elif (path / "manifest.json").is_file():
+            verify(path)
+        return path
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
+        kind = "is a file" if path.exists() else "does not exist"
+        raise UserError(f"{name} {kind}; expected a checkpoint directory, a run directory or a name on the hub")
+
+    import huggingface_hub  # only here: local work never needs the hub
+
+    try:
+        patterns = {"allow_patterns": ["*.json", "*.safetensors", "*.txt"], "ignore_patterns": ["*/*"]}
+        return Path(huggingface_hub.snapshot_download(str(name), **patterns))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        reason = type(error).__name__
+        raise UserError(f"{name} is no directory here, and not on the hub or the hub is offline ({reason})") from None

@@ -24,6 +24,7 @@ from model import GPT, GPTConfig
 from storage import FORMAT, TensorFiles, publish, read_json, resolve, write_json, write_tensors
 
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored (in, out) by GPT-2, (out, in) by nn.Linear
+PARTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW's state
 MASK_BUFFER = re.compile(r"\.attn\.(masked_)?bias$")  # the causal mask, which old GPT-2 files carry
 
 
@@ -158,10 +159,10 @@ def load_training(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> d
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     stored = TensorFiles(path, "optimizer")
     found = {name: hf_layout(name.split("|")[0], stored[name]) for name in stored}
-    expected = {f"{names[p]}|{part}": p.shape for p in order for part in ("exp_avg", "exp_avg_sq")}
+    expected = {f"{names[p]}|{part}": p.shape for p in order for part in PARTS[1:]}
     check_tensors(path, found, expected | {f"{names[p]}|step": torch.Size([]) for p in order})
-    moments = {
-        i: {part: found[f"{names[p]}|{part}"].clone() for part in ("step", "exp_avg", "exp_avg_sq")}
+    moments = {  # contiguous like the weights: fused AdamW walks both memories in step
+        i: {part: found[f"{names[p]}|{part}"].clone(memory_format=torch.contiguous_format) for part in PARTS}
         for i, p in enumerate(order)
     }
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -39,6 +39,8 @@ def run(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def check_key(key: str, known, where: str):

@@ -146,8 +146,8 @@ class GPT(nn.Module):
     def embed(self, idx):
         """Token ids (B, T) -> what the first block reads (B, T, C). Raises ValueError if T > block_size."""
         T = idx.shape[1]
-        if T > (block_size := self.config.block_size):
-            raise ValueError(f"sequence of {T} tokens is longer than block_size {block_size}")
+        if T > self.config.block_size:
+            raise ValueError(f"sequence of {T} tokens is longer than block_size {self.config.block_size}")
         positions = torch.arange(T, device=idx.device)
         return self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
 

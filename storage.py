@@ -164,6 +164,20 @@ def steps(run_dir: str | Path) -> list[Path]:
     return sorted(p for p in Path(run_dir).glob("step-*") if re.fullmatch(r"step-\d{8}", p.name))
 
 
+def discard(path: Path):
+    """Delete a directory; half of it never stands under its name."""
+    trash = path.with_name(f".trash-{path.name}")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.rename(path, trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def prune(run_dir: str | Path, keep: int):
+    """Delete all but the newest `keep` checkpoints of a run."""
+    for path in steps(run_dir)[:-keep]:
+        discard(path)
+
+
 def latest(run_dir: str | Path) -> Path | None:
     """The checkpoint of a run with the highest step that verifies; prints a line for each that does not."""
     for path in reversed(steps(run_dir)):

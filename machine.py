@@ -1,0 +1,89 @@
+"""The machine under a run: its device, the arithmetic it is good at, its processes, and what to record of it.
+
+python -c "import machine; print(machine.pick_dtype('auto', machine.pick_device('auto')))"
+torchrun --standalone --nproc_per_node=2 train.py config/demo.toml --device=cpu
+"""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from configurator import UserError
+
+
+def start_processes() -> tuple[int, int]:
+    """(rank, world size); under torchrun, joins the group of processes the first time it is called."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device asked for, or the best there is; under torchrun each process takes its own GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} is not here: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The arithmetic asked for, or the fastest that is safe on the device; and the reason."""
+    if name != "auto":
+        return getattr(torch, name), "as asked for"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU has it"
+        return torch.float16, "this GPU has no bfloat16"
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return torch.bfloat16, "this CPU computes in it"
+    return torch.float32, f"no fast bfloat16 known on this {device.type}"
+
+
+def pick_compile(choice: bool | str, device: torch.device) -> tuple[bool, str]:
+    """Whether to torch.compile, and the reason."""
+    if choice != "auto":
+        return choice, "as asked for"
+    if device.type != "cuda":
+        return False, f"on {device.type} it takes a while to start; --compile=True for long runs"
+    if torch.utils._triton.has_triton():
+        return True, "Triton is here"
+    return False, "it needs Triton, which is not here"
+
+
+def on_rank_0(function, *arguments):
+    """function(*arguments), called by rank 0 alone while the others wait; its result, or UserError, everywhere."""
+    rank, world_size = start_processes()
+    result = [None]
+    if rank == 0:
+        try:
+            result = [function(*arguments)]
+        except UserError as error:
+            result = [error]
+    if world_size > 1:
+        dist.broadcast_object_list(result)
+    if isinstance(result[0], UserError):
+        raise result[0]
+    return result[0]
+
+
+def versions(device: torch.device) -> dict:
+    """What made a result: code, libraries, machine."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "commit": commit or "unknown", "python": platform.python_version(), "torch": torch.__version__,
+        "numpy": np.__version__, "device": f"{device.type}: {name}", "command": " ".join(sys.argv),
+    }  # fmt: skip

@@ -1,0 +1,358 @@
+"""Train one model: from scratch, from a checkpoint or a part of one, or resumed. The loop reads top to bottom.
+
+    python train.py config/demo.toml --out_dir=out/mine --max_steps=100    # minutes on a laptop's CPU
+    python train.py config/demo.toml --out_dir=out/mine --max_steps=100 --resume
+    torchrun --standalone --nproc_per_node=8 train.py config/gpt2.toml      # all GPUs of a machine
+    python train.py config/demo.toml --init_from=out/mine --eval_only      # its validation loss, once
+
+It leaves checkpoints (out_dir/step-*/, see checkpoint.py) and out_dir/metrics.jsonl. A step is one update of
+the weights: max_steps are made, and the weights after the last one are evaluated and saved.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+import configurator
+import data
+import storage
+from configurator import UserError
+from machine import on_rank_0, pick_compile, pick_device, pick_dtype, start_processes, versions
+from model import GPT, GPTConfig
+
+
+@dataclass
+class TrainConfig:
+    """Train one GPT-2 on a prepared data directory."""
+
+    out_dir: str = "out/run"  # checkpoints and metrics go here
+    data_dir: str = "data/python"  # made by prepare_data.py
+    init_from: str = "scratch"  # or a checkpoint, a run directory or a name on the hub: its weights and shape
+    resume: Literal["auto", True, False] = False  # go on from out_dir's latest checkpoint; auto: if there is one
+    eval_only: bool = False  # print the validation loss of init_from and stop
+
+    # model: for each of these, None takes init_from's value, or else GPTConfig's default
+    n_layer: int | None = None
+    n_head: int | None = None
+    n_embd: int | None = None
+    block_size: int | None = None  # T, tokens of a sequence
+    vocab_size: int | None = None
+    bias: bool | None = None
+    scale_attn_by_inverse_layer_idx: bool | None = None
+    dropout: float = 0.0
+
+    # optimization: part of the experiment
+    tokens_per_step: int = 49_152  # over all processes: 48 sequences of 1,024
+    max_steps: int = 100_000
+    lr: float = 6e-4  # peak learning rate, reached after the warm-up
+    min_lr: float = 1e-5  # where the cosine ends
+    warmup_steps: int = 2_000
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 switches it off
+    seed: int = 1337  # of the fresh weights, the order of the data and dropout
+
+    # machine and habits: none of these changes what is learned
+    micro_batch: int = 8  # sequences at a time on one process; only a matter of memory
+    eval_interval: int = 1_000  # steps between walks over the validation data
+    save_interval: int = 1_000  # steps between checkpoints
+    keep_checkpoints: int = 1  # the newest ones; older ones are deleted
+    log_interval: int = 10  # steps between lines in metrics.jsonl
+    device: str = "auto"  # cuda, mps or cpu
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of the arithmetic
+    compile: Literal["auto", True, False] = "auto"  # torch.compile
+
+    def __post_init__(self):
+        least = {
+            "tokens_per_step": 1, "max_steps": 1, "warmup_steps": 0, "seed": 0, "micro_batch": 1, "eval_interval": 1,
+            "save_interval": 1, "keep_checkpoints": 1, "log_interval": 1, "lr": 0, "min_lr": 0, "grad_clip": 0,
+            "weight_decay": 0,
+        }  # fmt: skip
+        for key, bound in least.items():
+            if getattr(self, key) < bound:
+                raise UserError(f"{key} is {getattr(self, key)}, expected at least {bound}")
+        if self.warmup_steps > self.max_steps:
+            raise UserError(f"warmup_steps {self.warmup_steps} > max_steps {self.max_steps}; lower warmup_steps")
+
+
+MODEL_KEYS = [field.name for field in fields(GPTConfig)]
+FREE_TO_CHANGE = {  # settings that a resumed run may have otherwise
+    "out_dir", "data_dir", "init_from", "resume", "eval_only", "micro_batch", "eval_interval", "save_interval",
+    "keep_checkpoints", "log_interval", "device", "compile",
+}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Helpers of the loop
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Rate of update `step`, counted from 0: a linear warm-up to lr, then a cosine down to min_lr."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - 1 - config.warmup_steps)
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device: torch.device, autocast) -> np.ndarray:
+    """Loss of every validation window, in nats a token: float64 (windows,), the same for any batch and world size.
+
+    Each process takes its share of the windows; each gets all results.
+    """
+    rank, world_size = start_processes()
+    T = model.config.block_size
+    starts = data.val_starts(len(tokens), T)
+    losses = torch.zeros(len(starts), dtype=torch.float64)
+    mine = np.arange(rank, len(starts), world_size)
+    model.eval()
+    for i in range(0, len(mine), micro_batch):
+        batch = mine[i : i + micro_batch]
+        x, y = data.windows(tokens, starts[batch], T)
+        with autocast:
+            loss = model(x.to(device), y.to(device), reduction="none")  # (B, T)
+        losses[batch] = loss.cpu().double().mean(1)
+    model.train()
+    if world_size > 1:  # each window is zero on all processes but one
+        losses = losses.to(device)
+        dist.all_reduce(losses)
+    return losses.cpu().numpy()
+
+
+def mean_and_error(losses: np.ndarray) -> tuple[float, float]:
+    """Mean and its standard error, which is 0 for a single window."""
+    return float(losses.mean()), float(losses.std(ddof=1) / math.sqrt(len(losses))) if len(losses) > 1 else 0.0
+
+
+def check_resumable(config: TrainConfig, meta: dict, state: dict, path: Path):
+    """Raise UserError if a setting that shapes the run, or its data, is not what it was."""
+    now, then = asdict(config), state["config"]
+    keys = [key for key in now if key not in FREE_TO_CHANGE and then.get(key) != now[key]]
+    changed = [f"{key}: {then.get(key)} there, {now[key]} now" for key in keys]
+    if {k: v["sha256"] for k, v in meta["splits"].items()} != state["data"]:
+        changed.append(f"data: {config.data_dir} holds other tokens")
+    if changed:
+        raise UserError(f"cannot resume {path}: {'; '.join(changed)}; use the old settings or another out_dir")
+
+
+def build_model(config: TrainConfig, dtype: torch.dtype) -> tuple[GPT, dict]:
+    """The model to start from, on the CPU, and its lineage: fresh weights from the seed, or init_from's."""
+    asked = {key: value for key in MODEL_KEYS if (value := getattr(config, key)) is not None}
+    if config.init_from == "scratch":
+        try:
+            torch.manual_seed(config.seed)
+            return GPT(GPTConfig(**asked)).to(dtype), {}
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    path = storage.resolve(config.init_from)
+    found = asdict(checkpoint.read_config(path)) | {"dropout": config.dropout}
+    differ = [f"{key}: checkpoint {found[key]}, settings {asked[key]}" for key in asked if found[key] != asked[key]]
+    if differ:
+        raise UserError(f"{path} is not the model asked for: {'; '.join(differ)}")
+    model = GPT(GPTConfig(**found)).to(dtype)
+    checkpoint.load_weights(path, model)
+    return model, read_lineage(path)
+
+
+def read_lineage(path: Path) -> dict:
+    """Where the tensors of a checkpoint came from; empty for a model that began with random weights."""
+    return storage.read_json(path / "lineage.json") if (path / "lineage.json").exists() else {}
+
+
+def start_out_dir(out_dir: Path, step: int):
+    """Make out_dir, and remove what a run that goes on from `step` is about to write again."""
+    path = out_dir / "metrics.jsonl"
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for damaged in storage.steps(out_dir):
+            if int(damaged.name.removeprefix("step-")) > step:
+                storage.discard(damaged)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"out_dir {out_dir} cannot be written: {error.strerror}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# One run
+
+
+def train(config: TrainConfig) -> Path | None:
+    """Train as configured; return the last checkpoint, which a finished run that is resumed already has.
+
+    With eval_only, print the validation loss of init_from and return None. Raises UserError.
+    """
+    # ---- machine
+    rank, world_size = start_processes()
+    say = tqdm.write if rank == 0 else lambda _: None  # tqdm's write leaves the progress bar whole
+    device = pick_device(config.device)
+    dtype, dtype_reason = pick_dtype(config.dtype, device)
+    compiled, compile_reason = pick_compile(config.compile, device)
+    mixed = dtype in (torch.bfloat16, torch.float16)  # float32 weights, faster arithmetic where it is safe
+    autocast = torch.autocast(device.type, dtype) if mixed else contextlib.nullcontext()
+
+    # ---- model and data
+    meta = data.read_meta(config.data_dir)
+    model, lineage = build_model(config, torch.float64 if dtype == torch.float64 else torch.float32)
+    model.to(device)
+    if compiled:
+        model.compile()  # in place: the parameters keep their names
+    T = model.config.block_size
+    val_tokens = data.open_tokens(config.data_dir, "val", T, model.config.vocab_size)
+    if config.eval_only:
+        losses = evaluate(model, val_tokens, config.micro_batch, device, autocast)
+        mean, error = mean_and_error(losses)
+        say(f"{config.init_from}: val loss {mean!r} ± {error:.4f} nats ({len(losses)} windows of {T} tokens)")
+        return None
+    train_tokens = data.open_tokens(config.data_dir, "train", T, model.config.vocab_size)
+    micro_tokens = config.micro_batch * T * world_size
+    if config.tokens_per_step % micro_tokens:
+        nearest = max(1, round(config.tokens_per_step / micro_tokens)) * micro_tokens
+        raise UserError(
+            f"tokens_per_step {config.tokens_per_step} is not divisible by micro_batch {config.micro_batch} x "
+            f"block_size {T} x {world_size} process(es) = {micro_tokens}; the nearest that is: {nearest}"
+        )
+    accumulation = config.tokens_per_step // micro_tokens
+    batch_size = config.tokens_per_step // T
+
+    # ---- optimizer
+    optimizer = torch.optim.AdamW(
+        model.param_groups(config.weight_decay), lr=config.lr, betas=(config.beta1, config.beta2),
+        fused=device.type in ("cuda", "cpu", "mps"),
+    )  # fmt: skip
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    # ---- resume
+    out_dir = Path(config.out_dir)
+    start_step, best = 0, {"loss": math.inf, "step": None}
+    if storage.steps(out_dir) and not config.resume:
+        raise UserError(
+            f"{out_dir} holds checkpoints; add --resume to go on from the latest, or choose another out_dir"
+        )
+    resume_from = on_rank_0(storage.latest, out_dir)
+    if config.resume is True and not resume_from:
+        raise UserError(f"no usable checkpoint in {out_dir} to resume from; start without --resume")
+    if resume_from:
+        state = checkpoint.load_training(resume_from, model, optimizer)
+        check_resumable(config, meta, state, resume_from)
+        start_step, best, lineage = state["step"], state["best"], read_lineage(resume_from)
+        scaler.load_state_dict(state["scaler"])
+        if start_step == config.max_steps:
+            say(f"{resume_from}: already at step {start_step} of {config.max_steps}")
+            return resume_from
+        say(f"resuming from {resume_from}")
+    on_rank_0(start_out_dir, out_dir, start_step)
+    metrics = open(out_dir / "metrics.jsonl" if rank == 0 else os.devnull, "a", buffering=1)  # noqa: SIM115
+    made_by = versions(device) | {"processes": world_size}
+    parallel = model
+    if world_size > 1:
+        parallel = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+    flops, total_tokens = model.config.flops_per_token(), config.max_steps * config.tokens_per_step
+    say(
+        f"{out_dir}: {model.config.n_layer} layers, {model.config.num_params():,} parameters, from {config.init_from}\n"
+        f"  {config.max_steps:,} steps x {config.tokens_per_step:,} tokens = {total_tokens:,} tokens "
+        f"({total_tokens / len(train_tokens):.2f} epochs), {total_tokens * flops:.3g} FLOPs\n"
+        f"  a step: {world_size} process(es) x {accumulation} micro-batches x {config.micro_batch} sequences x {T}\n"
+        f"  {device}, {str(dtype).removeprefix('torch.')}: {dtype_reason}; "
+        f"torch.compile {'on' if compiled else 'off'}: {compile_reason}"
+    )
+
+    # ---- loop: `step` counts the updates made so far
+    model.train()
+    progress = tqdm(total=config.max_steps, initial=start_step, unit="step", disable=None if rank == 0 else True)
+    evaluated_at, logged_step, training_s = None, start_step, 0.0
+    for step in itertools.count(start_step):
+        last, tokens, just_resumed = step == config.max_steps, step * config.tokens_per_step, step == start_step > 0
+        if (step % config.eval_interval == 0 or last) and not just_resumed:
+            losses, evaluated_at = evaluate(model, val_tokens, config.micro_batch, device, autocast), step
+            val_loss, val_error = mean_and_error(losses)
+            if val_loss < best["loss"]:
+                best = {"loss": val_loss, "step": step}
+            print(json.dumps({"step": step, "tokens": tokens, "val_loss": val_loss, "val_se": val_error}), file=metrics)
+            say(f"  step {step:>6,} of {config.max_steps:,}: val loss {val_loss:.4f} ± {val_error:.4f}")
+        if (step % config.save_interval == 0 or last) and step > start_step:
+            state = {
+                "format": storage.FORMAT, "step": step, "tokens": tokens, "flops": tokens * flops, "best": best,
+                "scaler": scaler.state_dict(), "config": asdict(config), "versions": made_by,
+                "data": {split: entry["sha256"] for split, entry in meta["splits"].items()},
+            }  # fmt: skip
+            files = {"trainer_state.json": state} | ({"lineage.json": lineage} if lineage else {})
+            if evaluated_at == step:
+                files["val_losses.json"] = {"block_size": T, "losses": losses.tolist()}
+            path = out_dir / f"step-{step:08d}"
+            on_rank_0(checkpoint.save, path, model, meta["tokenizer"], meta["eot"], optimizer, files)
+            on_rank_0(storage.prune, out_dir, config.keep_checkpoints)
+        if last:
+            break
+
+        t0 = time.perf_counter()
+        rate = learning_rate(config, step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        starts = data.train_starts(len(train_tokens), T, config.seed, step, batch_size)
+        starts = starts.reshape(accumulation, world_size, config.micro_batch)[:, rank]  # this process's share
+        train_loss = torch.zeros((), device=device)
+        for micro_step, micro_starts in enumerate(starts):
+            if config.dropout > 0:  # the same masks whenever this step is made again
+                seeds = np.random.SeedSequence([config.seed, step, rank, micro_step])
+                torch.manual_seed(int(seeds.generate_state(1)[0]))
+            x, y = data.windows(train_tokens, micro_starts, T)  # (B, T) each
+            more_to_come = world_size > 1 and micro_step + 1 < accumulation
+            with parallel.no_sync() if more_to_come else contextlib.nullcontext():  # average gradients once a step
+                with autocast:
+                    loss = parallel(x.to(device), y.to(device)) / accumulation
+                scaler.scale(loss).backward()
+            train_loss += loss.detach()
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        if not grad_norm.isfinite() and not scaler.is_enabled():  # a scaler skips such a step and tries a smaller scale
+            raise UserError(f"step {step}: the norm of the gradient is {grad_norm.item()}; lower lr", exit_code=1)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        training_s += time.perf_counter() - t0
+
+        progress.update()
+        if (step + 1) % config.log_interval == 0:
+            if world_size > 1:
+                dist.all_reduce(train_loss)
+            line = {
+                "step": step + 1, "tokens": tokens + config.tokens_per_step,
+                "train_loss": train_loss.item() / world_size, "lr": rate, "grad_norm": grad_norm.item(),
+                "tokens_per_s": round((step + 1 - logged_step) * config.tokens_per_step / training_s),
+            }  # fmt: skip
+            print(json.dumps(line), file=metrics)
+            progress.set_postfix(loss=f"{line['train_loss']:.3f}", tokens_per_s=line["tokens_per_s"])
+            logged_step, training_s = step + 1, 0.0
+    progress.close()
+    metrics.close()
+    return path
+
+
+def main():
+    config = configurator.load(TrainConfig)
+    try:
+        train(config)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    configurator.run(main)

@@ -42,8 +42,12 @@ def hf_config(config: GPTConfig, tokenizer: str, eot: int) -> dict:
 
 
 def read_config(path: Path) -> GPTConfig:
-    """The GPTConfig of a GPT-2 directory. Raises UserError for whatever this code would compute differently."""
-    config = read_json(path / "config.json")
+    """The GPTConfig of a GPT-2 directory. Raises UserError."""
+    return gpt_config(read_json(path / "config.json"), path)
+
+
+def gpt_config(config: dict, path: Path) -> GPTConfig:
+    """The GPTConfig of a config.json. Raises UserError for whatever this code would compute differently."""
     same = {
         "model_type": ("gpt2", ["gpt2"]), "activation_function": ("gelu_new", ["gelu_new", "gelu_pytorch_tanh"]),
         "n_inner": (None, [None, 4 * config.get("n_embd", 0)]), "layer_norm_epsilon": (1e-5, [1e-5]),
@@ -82,6 +86,16 @@ def hf_layout(key: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.mT if CONV1D.search(key) and tensor.ndim == 2 else tensor
 
 
+def hf_tensors(model: GPT) -> dict[str, torch.Tensor]:
+    """The tensors of model.safetensors: keys and layout of GPT2LMHeadModel, which always has biases."""
+    tensors = {}
+    for key, parameter in model.named_parameters():
+        tensors[key] = hf_layout(key, parameter.detach())
+        if not model.config.bias and not key.endswith(("wte.weight", "wpe.weight")):
+            tensors[key.removesuffix("weight") + "bias"] = parameter.detach().new_zeros(parameter.shape[0])
+    return tensors
+
+
 def check_tensors(path: Path, found: dict[str, torch.Tensor], expected: dict[str, torch.Size]):
     """Raise UserError naming every missing, unexpected or misshapen tensor."""
     problems = [f"missing {name}" for name in expected if name not in found]
@@ -98,14 +112,10 @@ def save(path: str | Path, model: GPT, tokenizer: str, eot: int, optimizer=None,
 
     Raises UserError, exit code 1, for a value that is not finite and for whatever the disk refuses.
     """
-    weights, moments = {}, {}
-    for key, parameter in model.named_parameters():
-        weights[key] = hf_layout(key, parameter.detach())
-        if not model.config.bias and not key.endswith(("wte.weight", "wpe.weight")):  # transformers wants biases
-            weights[key.removesuffix("weight") + "bias"] = parameter.new_zeros(parameter.shape[0]).detach()
-        if optimizer:
-            for name, value in optimizer.state[parameter].items():
-                moments[f"{key}|{name}"] = hf_layout(key, value)
+    weights, moments = hf_tensors(model), {}
+    for key, parameter in model.named_parameters() if optimizer else ():
+        for part, value in optimizer.state[parameter].items():
+            moments[f"{key}|{part}"] = hf_layout(key, value)
     for key, value in (weights | moments).items():
         if not value.isfinite().all():
             raise UserError(f"{path} was not written: {key} holds values that are not finite", exit_code=1)

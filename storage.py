@@ -65,7 +65,7 @@ def write_tensors(path: Path, names: Iterable[str], read: Callable[[str], torch.
     Format: 8 bytes length of the header, the header (JSON: dtype, shape and place of each tensor), the bytes.
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name in names:
+    for name in sorted(names):  # one order, so equal tensors make equal files
         tensor = read(name)
         begin, end = end, end + tensor.nbytes
         header[name] = {

@@ -1,0 +1,162 @@
+"""Take layers out of a decoder checkpoint: the one primitive that every arm of the paper is made of.
+
+    python inherit.py --reference=out/demo/reference --layers=0:4 --out=out/half       # Inheritune: the first half
+    python inherit.py --reference=gpt2-medium --layers=0:12 --out=out/medium-12        # from the hub
+    python inherit.py --reference=gpt2-medium --layers=::2 --out=out/every-other       # as DistilGPT2 begins
+    python inherit.py --reference=gpt2-medium --layers=0:16 --parts=attn --out=out/attention-only
+
+--layers lists source layers, one per layer of the target, as Python slices from 0, half-open: "0:8,0:8" stacks.
+Everything outside the layers (embeddings, positions, final norm, head) is always taken. It renames tensors and
+builds no model, so any Hugging Face decoder will do (GPT-2, Llama, Qwen, ...; sharded too), in the memory of one
+tensor. Only --parts, for GPT-2 alone, draws the rest of each block fresh. lineage.json keeps each tensor's origin.
+"""
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import configurator
+import storage
+from configurator import UserError
+from model import GPT
+
+LAYER = re.compile(r"^(.*?(?:^|\.)(?:h|layers|blocks)\.)(\d+)(\..+)$")  # "transformer.h." "3" ".ln_1.weight"
+PARTS = {"attn": ".attn.", "mlp": ".mlp.", "ln": ".ln_"}  # what of a GPT-2 block each part means
+
+
+@dataclass
+class InheritConfig:
+    """Make a smaller (or taller) checkpoint of the layers of another."""
+
+    reference: str  # a checkpoint, a run directory or a name on the hub
+    layers: str  # source layers as slices: 0:12 or ::2 or 0:4,0:4 or : for all
+    out: str  # directory to write
+    parts: str = ""  # GPT-2: take only these of each block (attn, mlp, ln, comma between), draw the rest fresh
+    seed: int = 1337  # of what is drawn fresh
+
+
+def parse_layers(text: str, n_layer: int) -> list[int]:
+    """ "0:4,6" of 8 layers -> [0, 1, 2, 3, 6]. Raises UserError for what is empty, negative or out of range."""
+    layers = []
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(\d*)(:?)(\d*)(?::(\d*))?\s*", item)
+        if not match or not item.strip() or (match[2] == "" and match[4] is not None):
+            raise UserError(f"layers {text!r}: {item!r} is no slice such as 0:12, ::2 or 3, counted from 0")
+        start, stop, stride = int(match[1] or 0), int(match[3] or n_layer), int(match[4] or 1)
+        if not match[2]:
+            stop = start + 1
+        if stop > n_layer or start >= stop or stride == 0:
+            raise UserError(
+                f"layers {text!r}: {item!r} does not lie in 0:{n_layer}; the reference has {n_layer} layers"
+            )
+        layers += range(start, stop, stride)
+    return layers
+
+
+def plan(names, layers: list[int], n_layer: int) -> dict[str, str]:
+    """Target key -> source key. Raises UserError unless the source's keys count its layers 0, 1, ..., n_layer - 1."""
+    matches = {name: LAYER.match(name) for name in names}
+    indices = {int(match[2]) for match in matches.values() if match}
+    if indices != set(range(n_layer)):
+        raise UserError(f"the tensors have layers {sorted(indices)}, but config.json says {n_layer} layers")
+    source = {name: name for name, match in matches.items() if not match}
+    for target_layer, layer in enumerate(layers):
+        for name, match in matches.items():
+            if match and int(match[2]) == layer:
+                source[f"{match[1]}{target_layer}{match[3]}"] = name
+    return source
+
+
+def sliced_config(config: dict, layers: list[int], n_layer: int) -> dict:
+    """config.json of the target: the number of layers, and every list that has an entry for each layer."""
+    lists = {k: [v[i] for i in layers] for k, v in config.items() if isinstance(v, list) and len(v) == n_layer}
+    return config | lists | {key: len(layers) for key in ("n_layer", "num_hidden_layers") if key in config}
+
+
+def cost(path: Path, lineage: dict) -> dict | None:
+    """Tokens and FLOPs spent on a checkpoint and on what it was inherited from; None where it is not known."""
+    if not (path / "trainer_state.json").exists():
+        return None
+    state, before = storage.read_json(path / "trainer_state.json"), lineage.get("cost", {"tokens": 0, "flops": 0})
+    return before and {key: state[key] + before[key] for key in ("tokens", "flops")}
+
+
+def inherit(reference: str | Path, layers: str, out: str | Path, parts: str = "", seed: int = 1337) -> Path:
+    """Write the target to `out` and print where each of its layers came from. Raises UserError."""
+    path = storage.resolve(reference)
+    config = storage.read_json(path / "config.json")
+    n_layer = config.get("n_layer") or config.get("num_hidden_layers")
+    if not n_layer:
+        raise UserError(f"{path}/config.json names neither n_layer nor num_hidden_layers")
+    chosen = parse_layers(layers, n_layer)
+    stored = storage.TensorFiles(path)
+    keys = {name: name for name in stored}
+    if config.get("model_type") == "gpt2":
+        keys = {key: name for name in stored if (key := checkpoint.gpt2_key(name))}
+    source = plan(keys, chosen, n_layer)
+    target_config = sliced_config(config, chosen, n_layer)
+
+    fresh = {}
+    if parts:
+        unknown = set(parts.split(",")) - set(PARTS)
+        if unknown or config.get("model_type") != "gpt2":
+            raise UserError(
+                f"parts {parts!r} of a {config.get('model_type')} model; expected {', '.join(PARTS)} of gpt2"
+            )
+        taken = tuple(PARTS[part] for part in parts.split(","))
+        torch.manual_seed(seed)
+        drawn = checkpoint.hf_tensors(GPT(checkpoint.gpt_config(target_config, path)))
+        fresh = {key: drawn[key] for key in source if LAYER.match(key) and not any(part in key for part in taken)}
+    if target_config.get("scale_attn_by_inverse_layer_idx") and chosen != list(range(len(chosen))):
+        print(
+            "warning: layer i of this model divides its attention logits by i + 1 "
+            "(scale_attn_by_inverse_layer_idx), so a layer that moves to another depth computes something else"
+        )
+
+    def read(key: str) -> torch.Tensor:
+        return fresh[key] if key in fresh else stored[keys[source[key]]]
+
+    origin = {key: f"fresh, seed {seed}" if key in fresh else source[key] for key in source}
+    before = storage.read_json(path / "lineage.json") if (path / "lineage.json").exists() else {}
+    lineage = {
+        "reference": str(reference), "layers": chosen, "parts": parts or "all",
+        "sha256": {file.name: storage.sha256_of(file) for file in sorted(set(stored.files.values()))},
+        "cost": cost(path, before), "tensors": origin,
+    }  # fmt: skip
+    with storage.publish(out) as directory:
+        storage.write_json(directory / "config.json", target_config)
+        storage.write_tensors(directory / "model.safetensors", source, read)
+        storage.write_json(directory / "lineage.json", lineage)
+        for pattern in ("*token*", "vocab*", "merges.txt"):  # the tokenizer, where there is one
+            for file in path.glob(pattern):
+                shutil.copy(file, directory)
+    print_lineage(out, origin, len(chosen), read)
+    return Path(out)
+
+
+def print_lineage(out: str | Path, origin: dict[str, str], n_layer: int, read):
+    """A line for each layer and each tensor outside the layers: what it is, where from, how many numbers."""
+    rows = {}
+    for key, source in origin.items():
+        match, source_match = LAYER.match(key), LAYER.match(source)
+        name = f"{match[1]}{match[2]}" if match else key
+        where = f"{source_match[1]}{source_match[2]}" if source_match else source
+        wheres, n_params = rows.get(name, (set(), 0))
+        rows[name] = (wheres | {where}, n_params + read(key).numel())
+    table = [(name, " + ".join(sorted(wheres, reverse=True)), n) for name, (wheres, n) in rows.items()]
+    left, right = (max(len(row[column]) for row in table) for column in (0, 1))
+    for name, where, n_params in table:
+        print(f"  {name:{left}s} <- {where:{right}s} {n_params:>13,}")
+    print(f"{out}: {n_layer} layers, {sum(row[2] for row in table):,} numbers stored")
+
+
+def main():
+    inherit(**vars(configurator.load(InheritConfig)))
+
+
+if __name__ == "__main__":
+    configurator.run(main)

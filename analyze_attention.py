@@ -201,6 +201,7 @@ def plot(result: dict, path: Path):
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     layers = [row["layer"] for row in result["layers"]]
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
@@ -213,10 +214,13 @@ def plot(result: dict, path: Path):
                 mean, error = (np.array([row[name + end] for row in result[key]]) for end in ("", "_se"))
                 axis.plot(layers, mean, style, color=color, label=title)
                 axis.fill_between(layers, mean - error, mean + error, color=color, alpha=0.25, linewidth=0)
-        axis.set(xlabel="layer", ylabel=f"{label}, largest of the heads", ylim=(0, None), xticks=layers)
+        axis.set(xlabel="layer", ylabel=f"{label}, largest of the heads", ylim=(0, None))
         axis.legend(frameon=False)
     image = axes[2].imshow(np.array(result["heads"]["rank"]).T, aspect="auto", cmap="viridis", vmin=1)
-    axes[2].set(xlabel="layer", ylabel="head", xticks=layers, title="mean rank of each head")
+    axes[2].set(xlabel="layer", ylabel="head", title="mean rank of each head")
+    axes[2].yaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in axes:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=axes[2])
     figure.suptitle(f"T = {result['T']}, τ = {result['tau']}, n = {result['sequences']} sequences; bands: ± 1 s.e.")
     figure.savefig(path, dpi=120)

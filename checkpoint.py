@@ -177,3 +177,17 @@ def load_training(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> d
     }
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return state
+
+
+def read_lineage(path: Path) -> dict:
+    """Where the tensors of a checkpoint came from; empty for a model that began with random weights."""
+    return read_json(path / "lineage.json") if (path / "lineage.json").exists() else {}
+
+
+def cost(path: Path) -> dict | None:
+    """Tokens and FLOPs spent on a checkpoint and on what it was inherited from; None where it is not known."""
+    before = read_lineage(path).get("cost", {"tokens": 0, "flops": 0})
+    if before is None or not (path / "trainer_state.json").exists():
+        return None
+    state = read_json(path / "trainer_state.json")
+    return {key: state[key] + before[key] for key in ("tokens", "flops")}

@@ -77,14 +77,6 @@ def sliced_config(config: dict, layers: list[int], n_layer: int) -> dict:
     return config | lists | {key: len(layers) for key in ("n_layer", "num_hidden_layers") if key in config}
 
 
-def cost(path: Path, lineage: dict) -> dict | None:
-    """Tokens and FLOPs spent on a checkpoint and on what it was inherited from; None where it is not known."""
-    if not (path / "trainer_state.json").exists():
-        return None
-    state, before = storage.read_json(path / "trainer_state.json"), lineage.get("cost", {"tokens": 0, "flops": 0})
-    return before and {key: state[key] + before[key] for key in ("tokens", "flops")}
-
-
 def inherit(reference: str | Path, layers: str, out: str | Path, parts: str = "", seed: int = 1337) -> Path:
     """Write the target to `out` and print where each of its layers came from. Raises UserError."""
     path = storage.resolve(reference)
@@ -121,11 +113,10 @@ def inherit(reference: str | Path, layers: str, out: str | Path, parts: str = ""
         return fresh[key] if key in fresh else stored[keys[source[key]]]
 
     origin = {key: f"fresh, seed {seed}" if key in fresh else source[key] for key in source}
-    before = storage.read_json(path / "lineage.json") if (path / "lineage.json").exists() else {}
     lineage = {
         "reference": str(reference), "layers": chosen, "parts": parts or "all",
         "sha256": {file.name: storage.sha256_of(file) for file in sorted(set(stored.files.values()))},
-        "cost": cost(path, before), "tensors": origin,
+        "cost": checkpoint.cost(path), "tensors": origin,
     }  # fmt: skip
     with storage.publish(out) as directory:
         storage.write_json(directory / "config.json", target_config)

@@ -21,7 +21,6 @@ import checkpoint
 import configurator
 import storage
 from configurator import UserError
-from inherit import cost
 
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")  # Okabe and Ito
 STYLES = ("-", "-", "--", ":", "-.")
@@ -91,12 +90,11 @@ def rows_of(recipe: dict, out_dir: Path) -> list[dict]:
     for model in recipe["models"]:
         path = out_dir / model["path"]
         config, losses = checkpoint.read_config(path), val_losses(path)
-        lineage = storage.read_json(path / "lineage.json") if (path / "lineage.json").exists() else {}
         difference, interval = paired_difference(path, reference)
         rows.append(
             {
                 "name": model["name"], "path": path, "n_layer": config.n_layer, "n_params": config.num_params(),
-                "own_tokens": storage.read_json(path / "trainer_state.json")["tokens"], **(cost(path, lineage) or {}),
+                "own_tokens": storage.read_json(path / "trainer_state.json")["tokens"], **(checkpoint.cost(path) or {}),
                 "loss": float(losses.mean()), "error": float(losses.std(ddof=1) / math.sqrt(len(losses))),
                 "difference": difference, "interval": interval, "latency": relative_latency(path, reference),
                 "verdict": "reference" if path == reference else verdict(difference, interval, recipe["tolerance"]),
@@ -149,8 +147,8 @@ def claims(rows: list[dict], recipe: dict, attention: dict) -> str:
         f"layers are lazy (below {attention['lazy_below']}).",
         f"- *A smaller inherited model matches the reference*: {'yes' if target['verdict'].startswith('m') else 'no'}. "
         f"{target['n_layer']} of {reference['n_layer']} layers, difference {target['difference']:+.4f} ± "
-        f"{target['interval']:.4f} nats. Its training saw {target['tokens'] / reference['tokens']:.1f} times the tokens "
-        "of the reference's, those of the reference included.",
+        f"{target['interval']:.4f} nats. It saw {target['tokens'] / reference['tokens']:.1f} times the tokens "
+        "that the reference saw, these included.",
     ]
     for model, row in zip(recipe["models"], rows, strict=True):
         if model["role"] == "arm":
@@ -198,6 +196,7 @@ def plot_ranks(attention: dict[str, dict], path: Path):
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     reference = attention["reference"]
     lines = [("reference", reference["layers"]), ("inherited target", attention["target"]["layers"])]
@@ -211,7 +210,7 @@ def plot_ranks(attention: dict[str, dict], path: Path):
             axis.plot(x, mean, label=name, **style)
             axis.fill_between(x, mean - error, mean + error, color=COLORS[i], alpha=0.2, linewidth=0)
         axis.set(xlabel="layer", ylabel=f"{label}, largest of the heads", ylim=(0, None))
-        axis.set_xticks([row["layer"] for row in reference["layers"]])
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
     figure.suptitle(f"T = {reference['T']}, τ = {reference['tau']}, n = {reference['sequences']} sequences, ± 1 s.e.")

@@ -165,12 +165,7 @@ def build_model(config: TrainConfig, dtype: torch.dtype) -> tuple[GPT, dict]:
         raise UserError(f"{path} is not the model asked for: {'; '.join(differ)}")
     model = GPT(GPTConfig(**found)).to(dtype)
     checkpoint.load_weights(path, model)
-    return model, read_lineage(path)
-
-
-def read_lineage(path: Path) -> dict:
-    """Where the tensors of a checkpoint came from; empty for a model that began with random weights."""
-    return storage.read_json(path / "lineage.json") if (path / "lineage.json").exists() else {}
+    return model, checkpoint.read_lineage(path)
 
 
 def start_out_dir(out_dir: Path, step: int):
@@ -250,7 +245,7 @@ def train(config: TrainConfig) -> Path | None:
     if resume_from:
         state = checkpoint.load_training(resume_from, model, optimizer)
         check_resumable(config, meta, state, resume_from)
-        start_step, best, lineage = state["step"], state["best"], read_lineage(resume_from)
+        start_step, best, lineage = state["step"], state["best"], checkpoint.read_lineage(resume_from)
         scaler.load_state_dict(state["scaler"])
         if start_step == config.max_steps:
             say(f"{resume_from}: already at step {start_step} of {config.max_steps}")
@@ -307,7 +302,7 @@ def train(config: TrainConfig) -> Path | None:
             group["lr"] = rate
         starts = data.train_starts(len(train_tokens), T, config.seed, step, batch_size)
         starts = starts.reshape(accumulation, world_size, config.micro_batch)[:, rank]  # this process's share
-        train_loss = torch.zeros((), device=device)
+        train_loss = 0.0
         for micro_step, micro_starts in enumerate(starts):
             if config.dropout > 0:  # the same masks whenever this step is made again
                 seeds = np.random.SeedSequence([config.seed, step, rank, micro_step])
@@ -318,7 +313,7 @@ def train(config: TrainConfig) -> Path | None:
                 with autocast:
                     loss = parallel(x.to(device), y.to(device)) / accumulation
                 scaler.scale(loss).backward()
-            train_loss += loss.detach()
+            train_loss = train_loss + loss.detach()
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         if not grad_norm.isfinite() and not scaler.is_enabled():  # a scaler skips such a step and tries a smaller scale

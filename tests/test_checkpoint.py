@@ -1,0 +1,210 @@
+"""checkpoint.py and storage.py: other tools open it, damage is seen, nothing is taken silently."""
+
+import json
+import os
+import stat
+
+import pytest
+import torch
+from conftest import random_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import checkpoint
+import storage
+from configurator import UserError
+
+
+def equal(a, b) -> bool:
+    pairs = zip(a.named_parameters(), b.named_parameters(), strict=True)
+    return all(name == other and torch.equal(p, q) for (name, p), (other, q) in pairs)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint with biases, without a manifest to be able to change it."""
+    model = random_model(bias=True, dtype=torch.float32)
+    checkpoint.save(tmp_path / "saved", model, "bytes", 0)
+    (tmp_path / "saved" / "manifest.json").unlink()
+    return tmp_path / "saved", model
+
+
+def change_tensors(path, change):
+    tensors = load_file(path / "model.safetensors")
+    save_file(change(tensors) or tensors, path / "model.safetensors")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_save_load_and_transformers_roundtrip_are_bit_equal(tmp_path, bias):
+    model = random_model(bias=bias, dtype=torch.float32, scale_attn_by_inverse_layer_idx=True)
+    checkpoint.save(tmp_path / "ours", model, "bytes", 0)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert (theirs(torch.arange(16)[None]).logits - model(torch.arange(16)[None])).abs().max() < 1e-4
+    theirs.save_pretrained(tmp_path / "theirs")
+    for path in (tmp_path / "ours", tmp_path / "theirs"):
+        loaded = checkpoint.load_model(path)
+        assert equal(loaded, model) and loaded.config == model.config
+
+
+def test_keys_without_prefix_and_with_mask_buffers_load_as_openai_stores_them(saved):
+    path, model = saved
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 16, 16) for i in range(3)}
+    masks |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
+    change_tensors(path, lambda tensors: {k.removeprefix("transformer."): v for k, v in tensors.items()} | masks)
+    assert equal(checkpoint.load_model(path), model)
+
+
+def test_a_head_of_its_own_loads_if_it_equals_the_embedding_and_not_otherwise(saved):
+    path, model = saved
+    change_tensors(path, lambda t: t | {"lm_head.weight": t["transformer.wte.weight"].clone()})
+    assert equal(checkpoint.load_model(path), model)
+    change_tensors(path, lambda t: t | {"lm_head.weight": t["transformer.wte.weight"] + 1})
+    with pytest.raises(UserError, match=r"lm_head.weight differs"):
+        checkpoint.load_model(path)
+
+
+def test_sharded_files_load(saved):
+    path, model = saved
+    AutoModelForCausalLM.from_pretrained(path).save_pretrained(path.parent / "shards", max_shard_size="20KB")
+    assert len(list((path.parent / "shards").glob("*.safetensors"))) > 1
+    assert equal(checkpoint.load_model(path.parent / "shards"), model)
+
+
+def test_wrapper_prefixes_of_others_are_stripped(saved):
+    path, model = saved
+    change_tensors(path, lambda tensors: {f"_orig_mod.module.{k}": v for k, v in tensors.items()})
+    assert equal(checkpoint.load_model(path), model)
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (lambda t: t.pop("transformer.wpe.weight") is None, "missing transformer.wpe.weight"),
+        (lambda t: t.update({"transformer.h.3.ln_1.weight": torch.ones(32)}), "unexpected transformer.h.3.ln_1.weight"),
+        (lambda t: t.update({"transformer.wpe.weight": torch.ones(9, 32)}), r"shape \(9, 32\), expected \(16, 32\)"),
+    ],
+)
+def test_every_tensor_must_be_there_once_in_its_shape(saved, change, words):
+    path, _ = saved
+    change_tensors(path, lambda tensors: change(tensors) and None)
+    with pytest.raises(UserError, match=words):
+        checkpoint.load_model(path)
+
+
+@pytest.mark.parametrize(
+    "key,value",
+    [
+        ("model_type", "llama"), ("activation_function", "gelu"), ("n_inner", 100), ("layer_norm_epsilon", 1e-6),
+        ("scale_attn_weights", False), ("tie_word_embeddings", False), ("n_head", 5),
+    ],
+)  # fmt: skip
+def test_a_config_that_means_another_model_is_refused(saved, key, value):
+    path, _ = saved
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError, match=key):
+        checkpoint.load_model(path)
+
+
+def test_biases_that_a_model_without_biases_would_drop_are_refused(saved):
+    path, _ = saved
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"bias": False}))
+    with pytest.raises(UserError, match="is not zero"):
+        checkpoint.load_model(path)
+
+
+def test_pickles_are_never_opened(saved):
+    path, _ = saved
+    (path / "model.safetensors").unlink()
+    torch.save({}, path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"only pickles \(pytorch_model.bin\)"):
+        checkpoint.load_model(path)
+
+
+@pytest.mark.parametrize("name,words", [("nowhere/at/all", "does not exist"), ("no-such-model", "not on the hub")])
+def test_a_name_that_is_nothing_is_one_line(name, words):
+    with pytest.raises(UserError, match=words):
+        storage.resolve(name)
+
+
+def test_a_value_that_is_not_finite_is_not_saved(tmp_path):
+    model = random_model()
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match="c_fc.weight holds values that are not finite"):
+        checkpoint.save(tmp_path / "bad", model, "bytes", 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_checkpoint_is_never_overwritten(tmp_path):
+    checkpoint.save(tmp_path / "a", random_model(), "bytes", 0)
+    before = (tmp_path / "a" / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="exists already"):
+        checkpoint.save(tmp_path / "a", random_model(seed=1), "bytes", 0)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == before
+
+
+def test_file_modes_follow_the_umask(tmp_path):
+    before = os.umask(0o022)
+    try:
+        checkpoint.save(tmp_path / "a", random_model(), "bytes", 0)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "a").iterdir()} == {0o644}
+
+
+def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage.os, "fsync", full_disk)
+    with pytest.raises(UserError, match="No space left") as caught:
+        checkpoint.save(tmp_path / "a", random_model(), "bytes", 0)
+    assert caught.value.exit_code == 1 and list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run with two checkpoints."""
+    run_dir = tmp_path_factory.mktemp("run")
+    for step in (1, 2):
+        checkpoint.save(run_dir / f"step-{step:08d}", random_model(seed=step, n_layer=1), "bytes", 0)
+    return run_dir
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_flipped_byte_and_any_truncation_is_seen_and_the_older_checkpoint_taken(run_dir, data):
+    newest = run_dir / "step-00000002"
+    file = data.draw(st.sampled_from(sorted(newest.iterdir())))
+    content = file.read_bytes()
+    position = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        damaged = content[:position]
+    else:
+        damaged = (
+            content[:position] + bytes([content[position] ^ data.draw(st.integers(1, 255))]) + content[position + 1 :]
+        )
+    assert storage.latest(run_dir) == newest
+    file.write_bytes(damaged)
+    try:
+        # a byte of the manifest may change without changing its meaning
+        harmless = file.name == "manifest.json" and storage.latest(run_dir) == newest
+        assert harmless or storage.latest(run_dir) == run_dir / "step-00000001"
+        assert not harmless or json.loads(damaged)["files"] == json.loads(content)["files"]
+    finally:
+        file.write_bytes(content)
+
+
+def test_the_streaming_writer_makes_what_the_library_reads(tmp_path):
+    tensors = {
+        "a": torch.randn(3, 5), "b": torch.randn(4, 4).bfloat16(), "c": torch.arange(7), "d": torch.tensor(2.0),
+        "e": torch.randn(2, 3).T, "f": torch.zeros(0, 4), "g": torch.tensor([True, False]),
+    }  # fmt: skip
+    storage.write_tensors(tmp_path / "model.safetensors", tensors, tensors.get)
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[k], tensors[k]) and loaded[k].dtype == tensors[k].dtype for k in tensors)

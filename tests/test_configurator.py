@@ -1,0 +1,97 @@
+"""configurator.py: defaults < preset < options, each typed."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+import tyro
+
+import configurator
+from configurator import UserError
+
+
+@dataclass
+class Item:
+    name: str
+    n: int = 1
+
+
+@dataclass
+class Settings:
+    """Settings of a test."""
+
+    lr: float = 0.5
+    steps: int = 10
+    n_layer: int | None = None
+    fast: bool = False
+    mode: Literal["auto", True, False] = "auto"
+    items: tyro.conf.Suppress[list[Item]] = field(default_factory=list)
+
+
+def load(tmp_path, preset: str | None, *options) -> Settings:
+    argv = list(options)
+    if preset is not None:
+        (tmp_path / "preset.toml").write_text(preset)
+        argv.insert(0, str(tmp_path / "preset.toml"))
+    return configurator.load(Settings, argv)
+
+
+def test_an_option_beats_the_preset_and_the_preset_the_default(tmp_path):
+    assert load(tmp_path, None) == Settings()
+    assert load(tmp_path, "lr = 1\nsteps = 20\nfast = true") == Settings(lr=1, steps=20, fast=True)
+    assert load(tmp_path, "lr = 1\nsteps = 20", "--steps=30", "--n-layer", "4") == Settings(lr=1, steps=30, n_layer=4)
+
+
+def test_nanogpt_s_habits_work(tmp_path):
+    assert load(tmp_path, None, "--lr=0", "--fast=True", "--mode=False") == Settings(lr=0, fast=True, mode=False)
+    assert load(tmp_path, "mode = true", "--fast") == Settings(mode=True, fast=True)
+    assert load(tmp_path, None, "--fast", "--steps=3") == Settings(fast=True, steps=3)
+
+
+def test_tables_become_dataclasses(tmp_path):
+    found = load(tmp_path, '[[items]]\nname = "a"\n[[items]]\nname = "b"\nn = 2', "--steps=3")
+    assert found == Settings(steps=3, items=[Item("a"), Item("b", 2)])
+
+
+@pytest.mark.parametrize(
+    "preset,options,words",
+    [
+        ("stepz = 3", [], "unknown key 'stepz'; did you mean 'steps'?"),
+        ('steps = "3"', [], "steps = '3'"),
+        ("steps = 1.5", [], "steps = 1.5"),
+        ('lr = "fast"', [], "lr = 'fast'"),
+        ("steps = ", [], "not a readable preset"),
+        ('[[items]]\nname = "a"\nm = 2', [], "items[0]: unknown key 'm'"),
+        ("[[items]]\nn = 2", [], "name"),
+        (None, ["--stepz=3"], "unknown key 'stepz'; did you mean 'steps'?"),
+        (None, ["--zzzzz=3"], "known: fast, items, lr"),
+        (None, ["--steps=three"], "--steps"),
+        (None, ["--fast=perhaps"], "perhaps"),
+        (None, ["stray"], "stray"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, preset, options, words):
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, preset, *options)
+    assert words in str(caught.value) and "\n" not in str(caught.value) and "╭" not in str(caught.value)
+
+
+def test_help_lists_every_setting(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        load(tmp_path, None, "--help")
+    assert caught.value.code == 0 and "--n_layer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_a_user_error_ends_as_one_line_with_its_exit_code(capsys, code):
+    def main():
+        raise UserError("found x, expected y", exit_code=code)
+
+    with pytest.raises(SystemExit) as caught:
+        configurator.run(main)
+    assert caught.value.code == code and capsys.readouterr().err == "error: found x, expected y\n"
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        configurator.run(lambda: 1 / 0)

@@ -1,0 +1,313 @@
+"""train.py: resumed equals straight, many processes equal one, and every mistake is one line."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, call_script, options, read_metrics, run_script
+from safetensors.torch import load_file
+
+import checkpoint
+import storage
+import train
+from configurator import UserError
+
+
+def run(data_dir, out_dir, **changes):
+    """One training run in this process; its last checkpoint."""
+    return train.train(train.TrainConfig(data_dir=str(data_dir), out_dir=str(out_dir), **TINY | changes))
+
+
+def tensors(path) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state."""
+    return {
+        f"{name} {k}": v for name in ("model", "optimizer") for k, v in load_file(path / f"{name}.safetensors").items()
+    }
+
+
+def equal(a, b) -> bool:
+    a, b = tensors(a), tensors(b)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def distance(a, b) -> float:
+    a, b = tensors(a), tensors(b)
+    assert a.keys() == b.keys()
+    return max((a[key] - b[key]).abs().max().item() for key in a)
+
+
+def losses(run_dir):
+    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in read_metrics(run_dir)]
+
+
+# ---- exactness
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, data_dir):
+    """Twenty steps without a stop, with dropout and two micro-batches a step; checkpoints at 10 and 20."""
+    out_dir = tmp_path_factory.mktemp("straight") / "run"
+    return out_dir, run(data_dir, out_dir, dropout=0.1)
+
+
+def stop_at_10(straight, tmp_path):
+    """What a run that died between steps 10 and 20 leaves."""
+    copy = tmp_path / "run"
+    for file in (straight[0] / "step-00000010").iterdir():
+        (copy / "step-00000010").mkdir(parents=True, exist_ok=True)
+        (copy / "step-00000010" / file.name).write_bytes(file.read_bytes())
+    (copy / "metrics.jsonl").write_bytes((straight[0] / "metrics.jsonl").read_bytes() + b'{"step": 21, "tr')
+    return copy
+
+
+def test_ten_and_ten_resumed_steps_equal_twenty_straight_ones_bit_for_bit(straight, data_dir, tmp_path):
+    copy = stop_at_10(straight, tmp_path)
+    assert equal(run(data_dir, copy, dropout=0.1, resume=True), straight[1])
+    assert losses(copy) == losses(straight[0])
+    state, expected = (storage.read_json(p / "step-00000020" / "trainer_state.json") for p in (copy, straight[0]))
+    assert state["best"] == expected["best"] and state["step"] == 20
+
+
+@pytest.mark.parametrize("lost", ["exp_avg", "exp_avg_sq", "step"])
+def test_a_resume_that_forgets_a_part_of_the_optimizer_would_be_seen(straight, data_dir, tmp_path, monkeypatch, lost):
+    """Negative control of the test above."""
+    load = checkpoint.load_training
+
+    def forget(path, model, optimizer):
+        state = load(path, model, optimizer)
+        for moments in optimizer.state.values():
+            moments[lost].zero_()
+        return state
+
+    monkeypatch.setattr(checkpoint, "load_training", forget)
+    assert not equal(run(data_dir, stop_at_10(straight, tmp_path), dropout=0.1, resume=True), straight[1])
+
+
+def test_the_same_command_twice_gives_the_same_bits_and_another_seed_does_not(data_dir, tmp_path):
+    a, b = (run(data_dir, tmp_path / name, max_steps=4) for name in "ab")
+    assert equal(a, b)
+    c = run(data_dir, tmp_path / "c", max_steps=4, seed=1)
+    assert not equal(a, c)
+
+
+def test_evaluating_saving_and_logging_more_often_changes_no_weight(data_dir, tmp_path, straight):
+    often = {"eval_interval": 1, "save_interval": 3, "log_interval": 7, "keep_checkpoints": 2}
+    path = run(data_dir, tmp_path / "often", dropout=0.1, **often)
+    assert equal(path, straight[1])
+    assert [p.name for p in storage.steps(tmp_path / "often")] == ["step-00000018", "step-00000020"]
+
+
+def test_the_micro_batch_changes_nothing_but_memory(data_dir, tmp_path):
+    """In float64: weights after 5 steps, and the validation loss, for micro-batches of 1, 2, 4 and 8."""
+    changes = {"dtype": "float64", "max_steps": 5}
+    paths = [run(data_dir, tmp_path / str(b), micro_batch=b, **changes) for b in (1, 2, 4, 8)]
+    assert all(distance(paths[0], path) < 1e-12 for path in paths[1:])
+    for one, other in zip(losses(tmp_path / "1"), losses(tmp_path / "8"), strict=True):
+        assert all(math.isclose(one[key], other[key], rel_tol=1e-9) for key in one)
+
+
+def test_validation_loss_is_one_number_for_any_micro_batch(data_dir, reference):
+    import data
+
+    model = checkpoint.load_model(reference, torch.float64)
+    tokens = data.open_tokens(data_dir, "val", 32, 257)
+    found = [train.evaluate(model, tokens, b, torch.device("cpu"), torch.no_grad()) for b in (1, 4, 16)]
+    assert len(found[0]) == (len(tokens) - 1) // 32 > 200
+    assert all(np.allclose(found[0], other, rtol=1e-12, atol=0) for other in found[1:])
+    x, y = data.windows(tokens, np.array([0, 32 * 100]), 32)
+    by_hand = [model(x[i : i + 1], y[i : i + 1]).item() for i in (0, 1)]
+    assert found[0][[0, 100]] == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_two_processes_equal_one(data_dir, tmp_path):
+    """torchrun on the CPU, float64, 5 steps of 2 micro-batches: weights, moments, losses and the validation loss."""
+    settings = TINY | {"dtype": "float64", "max_steps": 5, "data_dir": data_dir, "micro_batch": 2}
+    done = run_script("train.py", *options(**settings, out_dir=tmp_path / "two"), processes=2)
+    assert done.returncode == 0, done.stderr
+    one = run(data_dir, tmp_path / "one", **{"dtype": "float64", "max_steps": 5, "micro_batch": 2})
+    assert distance(storage.latest(tmp_path / "two"), one) < 1e-12
+    for ours, theirs in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert all(math.isclose(ours[key], theirs[key], rel_tol=1e-9) for key in ours)
+
+
+# ---- what a run leaves
+
+
+def test_max_steps_updates_are_made_and_the_last_weights_are_evaluated_and_saved(data_dir, tmp_path):
+    path = run(data_dir, tmp_path / "run", max_steps=7, eval_interval=5, save_interval=4)
+    assert path.name == "step-00000007"
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if "val_loss" in line] == [0, 5, 7]
+    assert [line["step"] for line in lines if "train_loss" in line] == [1, 2, 3, 4, 5, 6, 7]
+    assert [p.name for p in storage.steps(tmp_path / "run")] == ["step-00000004", "step-00000007"]
+    saved = storage.read_json(path / "val_losses.json")["losses"]
+    assert np.mean(saved) == lines[-1]["val_loss"] and lines[-1]["tokens"] == 7 * 256
+    assert (load_file(path / "optimizer.safetensors")["transformer.wte.weight|step"]) == 7
+    state = storage.read_json(path / "trainer_state.json")
+    assert state["step"] == 7 and state["versions"]["torch"] == torch.__version__
+
+
+def test_training_learns(data_dir, tmp_path):
+    run(data_dir, tmp_path / "run", max_steps=60, warmup_steps=5)
+    lines = [line["val_loss"] for line in read_metrics(tmp_path / "run") if "val_loss" in line]
+    assert abs(lines[0] - math.log(257)) < 0.2 and lines[-1] < 3.6
+
+
+def test_best_changes_only_when_the_loss_improves(data_dir, tmp_path):
+    path = run(data_dir, tmp_path / "run", lr=3.0, min_lr=3.0, max_steps=10, eval_interval=2)  # gets worse
+    found = {line["step"]: line["val_loss"] for line in read_metrics(tmp_path / "run") if "val_loss" in line}
+    best = storage.read_json(path / "trainer_state.json")["best"]
+    assert best["loss"] == min(found.values()) == found[best["step"]] and best["step"] < 10
+
+
+def test_a_finished_run_says_so_and_does_nothing(straight, data_dir, capsys):
+    before = (straight[0] / "metrics.jsonl").stat().st_mtime_ns
+    assert run(data_dir, straight[0], dropout=0.1, resume=True) == straight[1]
+    assert "already at step 20 of 20" in capsys.readouterr().out
+    assert (straight[0] / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_damaged_newest_checkpoint_is_made_again(straight, data_dir, tmp_path, capsys):
+    copy = stop_at_10(straight, tmp_path)
+    (copy / "step-00000020").mkdir()
+    (copy / "step-00000020" / "config.json").write_text("{")
+    assert equal(run(data_dir, copy, dropout=0.1, resume="auto"), straight[1])
+    assert "ignored" in capsys.readouterr().out
+
+
+def test_weights_of_a_checkpoint_start_a_run_of_their_own(reference, data_dir, tmp_path):
+    shape = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"))
+    run(data_dir, tmp_path / "run", init_from=str(reference), max_steps=2, **shape)
+    theirs = [line["val_loss"] for line in read_metrics(reference) if "val_loss" in line]
+    assert read_metrics(tmp_path / "run")[0]["val_loss"] == theirs[-1]
+
+
+def test_eval_only_prints_the_loss_and_writes_nothing(reference, data_dir, tmp_path, capsys):
+    arguments = options(init_from=reference, data_dir=data_dir, out_dir=tmp_path / "none", dtype="float32")
+    assert call_script(train, *arguments, "--eval_only") == 0
+    theirs = [line["val_loss"] for line in read_metrics(reference) if "val_loss" in line]
+    assert f"val loss {theirs[-1]!r} ±" in capsys.readouterr().out and not (tmp_path / "none").exists()
+
+
+# ---- the schedule, the machine
+
+
+def test_the_learning_rate_warms_up_to_its_peak_and_ends_at_its_least():
+    config = train.TrainConfig(lr=1.0, min_lr=0.1, warmup_steps=4, max_steps=104)
+    rates = [train.learning_rate(config, step) for step in range(104)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0 and rates[-1] == pytest.approx(0.1)
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
+    assert rates[4 + 99 // 2] == pytest.approx(0.55, abs=0.02)
+
+
+def test_the_arithmetic_is_chosen_with_a_reason():
+    import machine
+
+    dtype, reason = machine.pick_dtype("auto", torch.device("cpu"))
+    assert dtype in (torch.bfloat16, torch.float32) and reason
+    assert machine.pick_dtype("auto", torch.device("mps"))[0] == torch.float32
+    assert machine.pick_dtype("float16", torch.device("cpu"))[0] == torch.float16
+    assert machine.pick_compile("auto", torch.device("cpu"))[0] is False
+    assert machine.pick_compile(True, torch.device("cpu")) == (True, "as asked for")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_trains_float32_weights(data_dir, tmp_path, dtype):
+    path = run(data_dir, tmp_path / "run", dtype=dtype, max_steps=10)
+    assert all(t.dtype == torch.float32 for t in tensors(path).values())
+    lines = [line["val_loss"] for line in read_metrics(tmp_path / "run") if "val_loss" in line]
+    assert lines[-1] < lines[0] - 0.5
+
+
+@pytest.mark.slow
+def test_a_compiled_run_equals_an_eager_one_and_its_names_are_clean(data_dir, tmp_path):
+    eager, compiled = (run(data_dir, tmp_path / str(c), max_steps=3, compile=c) for c in (False, True))
+    assert distance(eager, compiled) < 1e-4
+    assert not any("_orig_mod" in key for key in tensors(compiled))
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    "wrong,words",
+    [
+        (["--learning_rat=1"], "unknown key 'learning_rat'"),
+        (["--n_layr=1"], "unknown key 'n_layr'; did you mean 'n_layer'?"),
+        (["--max_steps=many"], "--max_steps"),
+        (["--dtype=int8"], "int8"),
+        (["--n_head=3"], "n_embd 32 is not divisible by n_head 3"),
+        (["--tokens_per_step=1000"], "tokens_per_step 1000 is not divisible by micro_batch 4 x block_size 32 x 1"),
+        (["--data_dir=nowhere"], "data directory nowhere does not exist"),
+        (["--warmup_steps=21"], "warmup_steps 21 > max_steps 20"),
+        (["--max_steps=0"], "max_steps is 0, expected at least 1"),
+        (["--vocab_size=100"], "largest token id 256 >= vocab_size 100"),
+        (["--block_size=1000000", "--tokens_per_step=4000000"], "needs at least 1000001"),
+        (["--init_from=no/such/model"], "no/such/model does not exist"),
+        (["--device=tpu"], "device 'tpu'"),
+        (["--resume"], "no usable checkpoint"),
+        (["nowhere.toml"], "nowhere.toml"),
+        (["--out_dir=/dev/null/x"], "out_dir /dev/null/x cannot be written"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(data_dir, tmp_path, capsys, wrong, words):
+    settings = options(**TINY, data_dir=data_dir, out_dir=tmp_path / "run")
+    preset = [argument for argument in wrong if argument.endswith(".toml")]
+    assert call_script(train, *preset, *settings, *(w for w in wrong if w not in preset)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_shape_than_init_from_s_is_refused_with_every_difference(reference, data_dir, tmp_path):
+    with pytest.raises(UserError, match="n_layer: checkpoint 4, settings 2; block_size: checkpoint 32, settings 16"):
+        run(data_dir, tmp_path / "run", init_from=str(reference), block_size=16)
+
+
+@pytest.mark.parametrize("changes", [{"lr": 0.5}, {"max_steps": 30}, {"seed": 3}, {"tokens_per_step": 512}])
+def test_a_setting_that_shapes_the_run_cannot_change_on_resume(straight, data_dir, tmp_path, changes):
+    with pytest.raises(UserError, match=f"cannot resume .*{next(iter(changes))}: "):
+        run(data_dir, stop_at_10(straight, tmp_path), resume=True, **{"dropout": 0.1} | changes)
+
+
+def test_other_data_cannot_be_resumed_with(straight, data_dir, tmp_path):
+    copy = tmp_path / "data"
+    copy.mkdir()
+    for name in ("train.bin", "val.bin", "meta.json"):
+        (copy / name).write_bytes((data_dir / name).read_bytes())
+    meta = json.loads((copy / "meta.json").read_text())
+    meta["splits"]["train"]["sha256"] = "0" * 64
+    (copy / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="holds other tokens"):
+        run(copy, stop_at_10(straight, tmp_path), dropout=0.1, resume=True)
+
+
+def test_a_run_never_starts_over_another(straight, data_dir):
+    with pytest.raises(UserError, match="add --resume"):
+        run(data_dir, straight[0], dropout=0.1)
+
+
+def test_weights_without_training_state_are_no_run_to_resume(reference, data_dir, tmp_path):
+    import inherit
+
+    inherit.inherit(reference, "0:2", tmp_path / "run" / "step-00000005")
+    with pytest.raises(UserError, match="has weights but no training state; start from it with --init_from="):
+        run(data_dir, tmp_path / "run", resume=True, scale_attn_by_inverse_layer_idx=True)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_update(data_dir, tmp_path, monkeypatch):
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def poison(parameters, max_norm):
+        parameters = list(parameters)
+        if len(storage.steps(tmp_path / "run")) == 1:  # after step 10
+            parameters[0].grad[0, 0] = math.nan
+        return clip(parameters, max_norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poison)
+    with pytest.raises(UserError, match="step 10: the norm of the gradient is nan") as caught:
+        run(data_dir, tmp_path / "run")
+    assert caught.value.exit_code == 1 and storage.latest(tmp_path / "run").name == "step-00000010"

@@ -4,7 +4,8 @@
     python train.py config/demo.toml --max_steps=20          # a preset, and what differs from it
     python train.py config/demo.toml --compile=False --lr=1e-3
 
-A script's settings are one dataclass. tyro makes the command line of it; typeguard checks the preset.
+A script's settings are one dataclass. tyro makes the command line of it; typeguard checks the preset. A preset's
+table belongs to the script of its name ([inheritune]), so that the scripts of one experiment can share the rest.
 """
 
 import contextlib
@@ -71,6 +72,16 @@ def from_table(cls, table: dict, where: str):
         raise UserError(f"{where}: {str(error).split('__init__() ')[-1]}") from None
 
 
+def own_settings(table: dict, path: Path) -> dict:
+    """What of a preset is for the running script: the keys at its top, and the table of the script's name."""
+    shared = {key: value for key, value in table.items() if not isinstance(value, dict)}
+    scripts = {key: value for key, value in table.items() if isinstance(value, dict)}
+    known = [script.stem for script in Path(__file__).parent.glob("*.py")]
+    for name in scripts:
+        check_key(name, known, str(path))
+    return shared | scripts.get(Path(sys.argv[0]).stem, {})
+
+
 def load(cls, argv: list[str] | None = None):
     """An instance of the dataclass `cls` from its defaults, a preset and the options in argv.
 
@@ -84,7 +95,7 @@ def load(cls, argv: list[str] | None = None):
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise UserError(f"{path}: not a readable preset: {error}") from None
-        preset = {"default": from_table(cls, table, str(path))}
+        preset = {"default": from_table(cls, own_settings(table, path), str(path))}
     known = [field.name for field in dataclasses.fields(cls)]
     for i, option in enumerate(argv):
         if option.startswith("--") and option != "--help":

@@ -42,7 +42,7 @@ class RecipeConfig(TrainConfig):
     expand_by: int = 2  # layers that each further round adds
     tolerance: float = 0.0  # nats: matched if the mean loss is at most this much above the reference's
     sequences: int = 16  # validation windows for the attention analysis
-    arms: tyro.conf.Suppress[list[Arm]] = field(default_factory=list)  # in the preset: [[arms]]
+    arms: tyro.conf.Suppress[list[Arm]] = field(default_factory=list)  # in the preset: [[inheritune.arms]]
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,13 +1,16 @@
 """The machine under a run: its device, the arithmetic it is good at, its processes, and what to record of it.
 
-python -c "import machine; print(machine.pick_dtype('auto', machine.pick_device('auto')))"
-torchrun --standalone --nproc_per_node=2 train.py config/demo.toml --device=cpu
+    python -c "import machine; print(machine.pick_dtype('auto', machine.pick_device('auto')))"
+    torchrun --standalone --nproc_per_node=2 train.py config/demo.toml --device=cpu
+
+Every choice comes with its reason, which the scripts print.
 """
 
 import os
 import platform
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +23,8 @@ from configurator import UserError
 def start_processes() -> tuple[int, int]:
     """(rank, world size); under torchrun, joins the group of processes the first time it is called."""
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # the timeout has to outlast what rank 0 does alone, such as the attention analysis of a large model
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2))
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 

@@ -1,6 +1,6 @@
 """GPT-2 in one file: configuration, block, model, loss, generation.
 
-    python -c "from model import *; print(GPTConfig(n_layer=24, n_head=16, n_embd=1024).num_params())"
+    python -c "from model import GPTConfig; print(GPTConfig(n_layer=24, n_head=16, n_embd=1024).num_params())"
     python -m pytest tests/test_model.py        # equals transformers' GPT-2 in float64, gradients too
 
 Every name is GPT-2's own, so that a parameter here and a tensor in a Hugging Face GPT-2 checkpoint have

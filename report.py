@@ -239,7 +239,8 @@ def report(out_dir: str | Path) -> Path:
 Loss: over {len(val_losses(rows[0]["path"]))} fixed validation windows of {attention["reference"]["T"]} tokens, ±
 standard error. Difference: paired over the windows, with its 95% interval. Matched: a mean difference of at most
 {recipe["tolerance"]} nats. Tokens and FLOPs (6 for each weight and token, and attention) count the reference's training
-wherever a model inherits from it. Latency: a forward pass of one sequence, the reference's being 1.
+wherever a model inherits from it. Latency: a forward pass of one sequence on the CPU, the
+reference's being 1.
 
 ## What the paper's claims came to here
 

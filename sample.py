@@ -1,7 +1,9 @@
 """Write text with a model.
 
-python sample.py out/demo/reference --prompt="def main("
-python sample.py gpt2 --prompt="In 2026," --max_new_tokens=50 --top_k=40 --seed=1
+    python sample.py out/demo/reference --prompt="def main("
+    python sample.py gpt2 --prompt="In 2026," --max_new_tokens=50 --top_k=40 --seed=1
+
+It has no cache and is slow. For speed, transformers' generate() takes the same checkpoint directory.
 """
 
 from dataclasses import dataclass

@@ -177,7 +177,7 @@ def start_out_dir(out_dir: Path, step: int):
             if int(damaged.name.removeprefix("step-")) > step:
                 storage.discard(damaged)
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        kept = [line for line in lines if step and line.endswith("}") and json.loads(line)["step"] <= step]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     except OSError as error:
         raise UserError(f"out_dir {out_dir} cannot be written: {error.strerror}") from None

@@ -53,9 +53,17 @@ def test_tables_become_dataclasses(tmp_path):
     assert found == Settings(steps=3, items=[Item("a"), Item("b", 2)])
 
 
+def test_a_table_of_a_preset_belongs_to_the_script_of_its_name(tmp_path, monkeypatch):
+    preset = "lr = 1\n[inheritune]\nsteps = 7\n[train]\nsteps = 8"
+    for script, steps in (("inheritune.py", 7), ("train.py", 8), ("sample.py", 10)):
+        monkeypatch.setattr("sys.argv", [script])
+        assert load(tmp_path, preset) == Settings(lr=1, steps=steps)
+
+
 @pytest.mark.parametrize(
     "preset,options,words",
     [
+        ("[inheritunee]\nsteps = 7", [], "unknown key 'inheritunee'; did you mean 'inheritune'?"),
         ("stepz = 3", [], "unknown key 'stepz'; did you mean 'steps'?"),
         ('steps = "3"', [], "steps = '3'"),
         ("steps = 1.5", [], "steps = 1.5"),

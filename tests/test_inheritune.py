@@ -16,15 +16,17 @@ from configurator import UserError
 
 PRESET = """
 n_layer = 4
+
+[inheritune]
 start_layers = 1
 expand_by = 1
 tolerance = {tolerance}
 sequences = 3
 
-[[arms]]
+[[inheritune.arms]]
 name = "random"
 
-[[arms]]
+[[inheritune.arms]]
 name = "random, twice the steps"
 step_factor = 2
 """

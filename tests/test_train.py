@@ -178,6 +178,13 @@ def test_a_damaged_newest_checkpoint_is_made_again(straight, data_dir, tmp_path,
     assert "ignored" in capsys.readouterr().out
 
 
+def test_a_run_that_died_before_its_first_checkpoint_leaves_no_line_behind(data_dir, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "val_loss": 9.9}\n{"step": 1, "train')
+    run(data_dir, tmp_path / "run", max_steps=2, resume="auto")
+    assert [line["step"] for line in read_metrics(tmp_path / "run") if "val_loss" in line] == [0, 2]
+
+
 def test_weights_of_a_checkpoint_start_a_run_of_their_own(reference, data_dir, tmp_path):
     shape = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"))
     run(data_dir, tmp_path / "run", init_from=str(reference), max_steps=2, **shape)

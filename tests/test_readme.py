@@ -1,0 +1,67 @@
+"""The README's own commands, run as they stand but smaller; and what it says of the repository."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, TINY, options, run_script
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^python ([^#\n]+?)\s*(?:#.*)?$", README, flags=re.MULTILINE)
+SMALL = {"prepare_data.py": [], "analyze_attention.py": ["--sequences=2"], "sample.py": ["--max_new_tokens=5"]}
+SMALL["train.py"] = SMALL["inheritune.py"] = options(**TINY | {"n_layer": 8, "max_steps": 2})
+
+
+def small(command: str) -> list[str]:
+    """The command with settings that make it quick; those that it has itself come later and win."""
+    script, *arguments = shlex.split(command.replace("config/", f"{ROOT}/config/"))
+    extra = ["--micro_batch=4"] if "--eval_only" in arguments else SMALL.get(script, [])
+    position = 1 if arguments[0].endswith(".toml") or script == "prepare_data.py" else 0
+    return [script, *arguments[:position], *extra, *arguments[position:]]
+
+
+def test_the_demo_s_commands_work_in_the_order_of_the_readme(tmp_path):
+    """In an empty folder, with the preset and the scripts of this repository; what needs the hub is left out."""
+    assert len(COMMANDS) >= 5
+    for command in COMMANDS:
+        if "gpt2" in command:
+            continue
+        done = run_script(*small(command), cwd=tmp_path)
+        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+    assert (tmp_path / "out/demo/report.md").exists()
+
+
+def test_every_option_in_the_readme_exists():
+    text = README + "".join((ROOT / name).read_text() for name in ("Makefile",))
+    known = set("".join(path.read_text() for path in ROOT.glob("*.py")).replace("-", "_").split())
+    for option in set(re.findall(r"--([a-z_]+)(?:=| |$)", text)) - {
+        "standalone",
+        "nproc_per_node",
+        "quiet",
+        "check",
+        "key",
+    }:
+        assert any(word.startswith(f"{option}:") for word in known) or option == "disable", option
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"`((?:tests/|config/|results/)?[\w/]+\.\w+)(?:::?\w+)?`", README)))
+)
+def test_every_file_in_the_readme_exists(path):
+    if path.split(".")[-1] in ("py", "toml", "md", "png"):
+        assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("path,name", sorted(set(re.findall(r"`((?:tests/)?\w+\.py):(\w+)`", README))))
+def test_every_function_in_the_readme_exists(path, name):
+    assert re.search(rf"(def|class) {name}\b", (ROOT / path).read_text())
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
+def test_no_script_outgrows_its_budget_and_each_opens_with_commands(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 360 and text.startswith('"""') and text.split('"""')[1].count("\n    p") >= 1
+
+
+def test_the_readme_fits_its_budget():
+    assert len(README.splitlines()) <= 150

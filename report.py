@@ -142,9 +142,9 @@ def claims(rows: list[dict], recipe: dict, attention: dict) -> str:
     early, late = np.mean(ranks[:half]), np.mean(ranks[half:])
     lazy = sum(row["lazy"] for row in attention["layers"])
     lines = [
-        f"- *Attention loses rank with depth*: {'yes' if late < early else 'no'}. The largest head rank is {early:.1f} "
-        f"on average in the first half of the reference's layers, {late:.1f} in the second; {lazy} of {len(ranks)} "
-        f"layers are lazy (below {attention['lazy_below']}).",
+        f"- *Deep layers are lazy*: {'yes' if lazy else 'no'}. {lazy} of {len(ranks)} layers have no head of rank "
+        f"{attention['lazy_below']} or more. The largest head rank is {early:.1f} on average in the first half of the "
+        f"reference's layers, {late:.1f} in the second; full would be {attention['T']}.",
         f"- *A smaller inherited model matches the reference*: {'yes' if target['verdict'].startswith('m') else 'no'}. "
         f"{target['n_layer']} of {reference['n_layer']} layers, difference {target['difference']:+.4f} ± "
         f"{target['interval']:.4f} nats. It saw {target['tokens'] / reference['tokens']:.1f} times the tokens "
@@ -238,9 +238,8 @@ def report(out_dir: str | Path) -> Path:
 
 Loss: over {len(val_losses(rows[0]["path"]))} fixed validation windows of {attention["reference"]["T"]} tokens, ±
 standard error. Difference: paired over the windows, with its 95% interval. Matched: a mean difference of at most
-{recipe["tolerance"]} nats. Tokens and FLOPs (6 for each weight and token, and attention) count the reference's training
-wherever a model inherits from it. Latency: a forward pass of one sequence on the CPU, the
-reference's being 1.
+{recipe["tolerance"]} nats. Tokens and FLOPs (6 for each weight and token, and attention) count the reference's
+training wherever a model inherits from it. Latency: a forward pass of one sequence on the CPU, the reference's being 1.
 
 ## What the paper's claims came to here
 
@@ -254,9 +253,9 @@ reference's being 1.
 
 ![rank and columns by layer](rank.png)
 
-k*: the least number of singular directions with {attention["reference"]["tau"]:.0%} of the squared singular values. c*:
-the fewest columns with that share of the squared entries, our reading of the paper's "90% total mass". Both depend
-on T. Per head: [reference](attention/reference/attention.png), [target](attention/target/attention.png).
+k*: the least number of singular directions with {attention["reference"]["tau"]:.0%} of the squared singular values.
+c*: the fewest columns with that share of the squared entries, our reading of the paper's "90% total mass". Both
+depend on T. Per head: [reference](attention/reference/attention.png), [target](attention/target/attention.png).
 
 Made by: {made_by}, seed {state["config"]["seed"]}.
 """

@@ -93,7 +93,7 @@ def test_the_report_has_every_model_with_numbers_that_follow_from_the_runs(finis
         assert cells[3] == f"{steps * 256 / 1e6:.2f} M"
     for figure in ("loss.png", "rank.png", "attention/reference/attention.png", "attention/target/attention.png"):
         assert figure in text and (out_dir / figure).read_bytes().startswith(b"\x89PNG")
-    assert "Attention loses rank with depth" in text and "matches the reference" in text
+    assert "Deep layers are lazy" in text and "matches the reference" in text
 
 
 def test_a_finished_recipe_trains_nothing_again(finished, capsys):

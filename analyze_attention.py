@@ -57,10 +57,8 @@ def approximate_rank(attention_BHTT: torch.Tensor, tau: float = 0.90) -> torch.T
     """k*(tau) (B, H): the least k with sum of the k largest sigma² >= tau · sum of all sigma²; from 1 to T.
 
     One direction (rank one) gives 1, the identity ceil(tau·T). sigma² are the eigenvalues of A·Aᵀ, which cost half
-    of a singular value decomposition. Raises UserError, exit code 1, for values that are not finite.
+    of a singular value decomposition. The values have to be finite.
     """
-    if not attention_BHTT.isfinite().all():
-        raise UserError("attention holds values that are not finite", exit_code=1)
     attention_BHTT = attention_BHTT.to(torch.promote_types(attention_BHTT.dtype, torch.float32))  # no half precision
     gram_BHTT = attention_BHTT @ attention_BHTT.mT
     if gram_BHTT.device.type == "mps":  # has no eigvalsh
@@ -95,13 +93,19 @@ def sink(attention_BHTT: torch.Tensor) -> torch.Tensor:
 
 
 def measure(model: GPT, idx: torch.Tensor, tau: float, micro_batch: int) -> dict[str, np.ndarray]:
-    """The measures of a model on sequences idx (S, T): each an array (L, H, S). Holds one layer at a time."""
+    """The measures of a model on sequences idx (S, T): each an array (L, H, S). Holds one layer at a time.
+
+    Raises UserError, exit code 1, naming layer and heads whose attention is not finite.
+    """
     L, H, S = model.config.n_layer, model.config.n_head, len(idx)
     values = {name: np.zeros((L, H, S)) for name in MEASURES}
     progress = tqdm(total=L * math.ceil(S / micro_batch), desc="attention", unit="layer", disable=None)
     for begin in range(0, S, micro_batch):
         batch = idx[begin : begin + micro_batch]
         for layer, attention_BHTT in enumerate(model.attention_matrices(batch)):
+            heads = (~attention_BHTT.isfinite()).any(-1).any(-1).any(0).nonzero().flatten().tolist()
+            if heads:
+                raise UserError(f"layer {layer}, heads {heads}: attention is not finite", exit_code=1)
             found = {
                 "rank": approximate_rank(attention_BHTT, tau),
                 "columns": column_count(attention_BHTT, tau),

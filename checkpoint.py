@@ -14,6 +14,7 @@ The files of a checkpoint:
     manifest.json          size and sha256 of every other file (see storage.py)
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch
 
 from configurator import UserError
 from model import GPT, GPTConfig
-from storage import FORMAT, TensorFiles, publish, read_json, resolve, write_json, write_tensors
+from storage import FORMAT, TensorFiles, discard, latest, publish, read_json, resolve, steps, write_json, write_tensors
 
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored (in, out) by GPT-2, (out, in) by nn.Linear
 PARTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW's state
@@ -177,6 +178,44 @@ def load_training(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> d
     }
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return state
+
+
+def to_resume(run_dir: Path, resume: bool | str) -> Path | None:
+    """The checkpoint that a run goes on from, None for a fresh start; resume is True, False or "auto".
+
+    Raises UserError where a fresh start would write over a run, and where there is nothing to resume.
+    """
+    found = steps(run_dir)
+    if found and not resume:
+        raise UserError(
+            f"{run_dir} holds checkpoints; add --resume to go on from the latest, or choose another out_dir"
+        )
+    newest = latest(run_dir)
+    if resume is True and newest is None:
+        raise UserError(f"no usable checkpoint in {run_dir} (found {len(found)} damaged); start without --resume")
+    return newest
+
+
+def check_same(now: dict, then: dict, free: set[str], path: Path):
+    """Raise UserError if a setting that shapes the run is not what it was when `path` was saved, nor free to change."""
+    changed = [key for key in now if key not in free and then.get(key) != now[key]]
+    if changed:
+        differences = "; ".join(f"{key}: {then.get(key)} there, {now[key]} now" for key in changed)
+        raise UserError(
+            f"cannot resume {path}: {differences}; use what was there or another out_dir, "
+            f"or allow the change with --override={','.join(changed)}"
+        )
+
+
+def forget_after(run_dir: Path, step: int):
+    """Drop what a run that goes on from `step` is about to write again: lines of metrics, damaged checkpoints."""
+    metrics = run_dir / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    kept = [line for line in lines if step and line.endswith("}") and json.loads(line)["step"] <= step]
+    metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    for path in steps(run_dir):
+        if int(path.name.removeprefix("step-")) > step:
+            discard(path)
 
 
 def read_lineage(path: Path) -> dict:

@@ -25,7 +25,7 @@ import tyro
 class UserError(Exception):
     """Something the user can mend, in one line: what was found, what was expected, what to do.
 
-    exit_code 2: bad input or configuration. exit_code 1: a failure at run time.
+    exit_code 2: bad input or configuration. exit_code 1: a failure at run time. Above 128: stopped by a signal.
     """
 
     def __init__(self, message: str, exit_code: int = 2):
@@ -38,7 +38,7 @@ def run(main):
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error if error.exit_code > 128 else f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -66,6 +66,11 @@ def read_meta(data_dir: str | Path) -> dict:
     return meta
 
 
+def fingerprint(meta: dict) -> dict[str, str]:
+    """What tells the tokens of one data directory from another's."""
+    return {split: entry["sha256"] for split, entry in meta["splits"].items()}
+
+
 def open_tokens(data_dir: str | Path, split: str, block_size: int, vocab_size: int) -> np.ndarray:
     """The token ids of "train" or "val", memory-mapped and read-only, checked against the model they are for."""
     meta = read_meta(data_dir)

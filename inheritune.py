@@ -21,7 +21,7 @@ import storage
 from analyze_attention import AnalyzeConfig, analyze, print_table
 from configurator import UserError
 from inherit import inherit
-from machine import on_rank_0
+from machine import on_rank_0, watch_signals
 from report import paired_difference, report, verdict
 from train import TrainConfig, train
 
@@ -116,6 +116,7 @@ def recipe(config: RecipeConfig):
 
 
 def main():
+    watch_signals()
     config = configurator.load(RecipeConfig)
     try:
         recipe(config)

@@ -8,6 +8,7 @@ Every choice comes with its reason, which the scripts print.
 
 import os
 import platform
+import signal
 import subprocess
 import sys
 from datetime import timedelta
@@ -40,6 +41,12 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def make_deterministic():
+    """The same bits from the same command on a GPU as well; an operation that cannot give them raises RuntimeError."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+    torch.use_deterministic_algorithms(True)
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -80,6 +87,31 @@ def on_rank_0(function, *arguments):
     if isinstance(result[0], UserError):
         raise result[0]
     return result[0]
+
+
+stop_signal = 0  # the first SIGTERM or SIGINT that this process received
+
+
+def watch_signals():
+    """From here on the first SIGTERM or SIGINT is only noted, to finish the step and save; a second ends at once."""
+
+    def note(number, _):
+        global stop_signal
+        stop_signal = number
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, note)
+
+
+def stop_requested(device: torch.device) -> int:
+    """The signal that asks the run to stop, 0 for none: the same answer on all processes, if one of them got it."""
+    if start_processes()[1] == 1:
+        return stop_signal
+    flag = torch.tensor(stop_signal, device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return int(flag)
 
 
 def versions(device: torch.device) -> dict:

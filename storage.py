@@ -9,9 +9,11 @@ last, holds the size and the sha256 of every other file. Nothing is pickled.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -140,28 +142,59 @@ def publish(path: str | Path):
         os.rename(partial, path)
         fsync(path.parent)
     except OSError as error:
-        raise UserError(f"{path} was not written: {error.strerror or error}", exit_code=1) from error
+        free = shutil.disk_usage(path.parent).free / 1e9 if path.parent.exists() else 0.0
+        reason = f"{error.strerror or error} ({free:.1f} GB free)"
+        raise UserError(f"{path} was not written: {reason}; what was there before is whole", exit_code=1) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already if all went well
 
 
-def verify(path: Path):
-    """Raise UserError unless every file of a published checkpoint is what its manifest says."""
+class FormatError(UserError):
+    """Not damaged, but of another version of this code."""
+
+
+def check_sizes(path: Path) -> dict:
+    """The files that a manifest lists. Raises UserError unless each is there in its size."""
     manifest = read_json(path / "manifest.json")
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise UserError(f"{path}/manifest.json: lists no files; the checkpoint is damaged")
     if manifest.get("format") != FORMAT:
-        raise UserError(f"{path} has format {manifest.get('format')}, this code reads {FORMAT}")
-    for name, (size, sha256) in manifest["files"].items():
+        raise FormatError(f"{path} has format {manifest.get('format')}, this code reads format {FORMAT}; update one")
+    for name, (size, _) in manifest["files"].items():
         file = path / name
         found = file.stat().st_size if file.is_file() else "no file"
         if found != size:
             raise UserError(f"{file}: found {found}, expected {size} bytes; the checkpoint is damaged")
-        if sha256_of(file) != sha256:
-            raise UserError(f"{file}: sha256 mismatch; the checkpoint is damaged")
+    return manifest["files"]
+
+
+def verify(path: Path):
+    """Raise UserError unless every file of a published checkpoint is what its manifest says, to the last bit."""
+    for name, (_, sha256) in check_sizes(path).items():
+        if sha256_of(path / name) != sha256:
+            raise UserError(f"{path / name}: sha256 mismatch; the checkpoint is damaged")
 
 
 def steps(run_dir: str | Path) -> list[Path]:
-    """The checkpoints of a run that are in place, oldest first."""
+    """The directories of a run that are named as its checkpoints are, oldest first."""
     return sorted(p for p in Path(run_dir).glob("step-*") if re.fullmatch(r"step-\d{8}", p.name))
+
+
+def latest(run_dir: str | Path) -> Path | None:
+    """The checkpoint of a run with the highest step that verifies; prints a line for each that does not.
+
+    Raises FormatError for one of another version: it is not to be passed over, let alone written again.
+    """
+    for path in reversed(steps(run_dir)):
+        try:
+            verify(path)
+        except FormatError:
+            raise
+        except UserError as error:
+            print(f"ignored {path}: {error}")
+        else:
+            return path
+    return None
 
 
 def discard(path: Path):
@@ -173,21 +206,42 @@ def discard(path: Path):
 
 
 def prune(run_dir: str | Path, keep: int):
-    """Delete all but the newest `keep` checkpoints of a run."""
-    for path in steps(run_dir)[:-keep]:
-        discard(path)
-
-
-def latest(run_dir: str | Path) -> Path | None:
-    """The checkpoint of a run with the highest step that verifies; prints a line for each that does not."""
-    for path in reversed(steps(run_dir)):
+    """Delete all but the newest `keep` complete checkpoints of a run; what else is there does not count and stays."""
+    complete = []
+    for path in steps(run_dir):
+        with contextlib.suppress(UserError):
+            check_sizes(path)
+            complete.append(path)
+    for path in complete[:-keep]:
         try:
-            verify(path)
-        except UserError as error:
-            print(f"ignored {path}: {error}")
-        else:
-            return path
-    return None
+            discard(path)
+        except OSError as error:
+            print(f"warning: {path} could not be deleted ({error.strerror}); trying again after the next save")
+
+
+@contextlib.contextmanager
+def lock(directory: Path):
+    """Hold a directory, made if it is not there, against other processes; the system lets go when this one dies.
+
+    Clears away what a process that was killed left half-written. Raises UserError if another one holds it.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = open(directory / ".lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{directory} is in use by {file.read().strip()}; wait, or choose another") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        for leftover in [*directory.glob(".tmp-*"), *directory.glob(".trash-*")]:
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield
 
 
 def resolve(name: str | Path) -> Path:
@@ -205,7 +259,7 @@ def resolve(name: str | Path) -> Path:
             verify(path)
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
-        kind = "is a file" if path.exists() else "does not exist"
+        kind = "is a file, and pickles are not loaded" if path.exists() else "does not exist"
         raise UserError(f"{name} {kind}; expected a checkpoint directory, a run directory or a name on the hub")
 
     import huggingface_hub  # only here: local work never needs the hub

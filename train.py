@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,9 +29,9 @@ from tqdm import tqdm
 import checkpoint
 import configurator
 import data
+import machine
 import storage
 from configurator import UserError
-from machine import on_rank_0, pick_compile, pick_device, pick_dtype, start_processes, versions
 from model import GPT, GPTConfig
 
 
@@ -42,6 +43,7 @@ class TrainConfig:
     data_dir: str = "data/python"  # made by prepare_data.py
     init_from: str = "scratch"  # or a checkpoint, a run directory or a name on the hub: its weights and shape
     resume: Literal["auto", True, False] = False  # go on from out_dir's latest checkpoint; auto: if there is one
+    override: str = ""  # settings, comma between, that a resumed run may have otherwise than before; or data
     eval_only: bool = False  # print the validation loss of init_from and stop
 
     # model: for each of these, None takes init_from's value, or else GPTConfig's default
@@ -75,6 +77,7 @@ class TrainConfig:
     device: str = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of the arithmetic
     compile: Literal["auto", True, False] = "auto"  # torch.compile
+    deterministic: bool = False  # GPU: the same bits again, slower; on a CPU they are the same anyway
 
     def __post_init__(self):
         least = {
@@ -90,9 +93,9 @@ class TrainConfig:
 
 
 MODEL_KEYS = [field.name for field in fields(GPTConfig)]
-FREE_TO_CHANGE = {  # settings that a resumed run may have otherwise
-    "out_dir", "data_dir", "init_from", "resume", "eval_only", "micro_batch", "eval_interval", "save_interval",
-    "keep_checkpoints", "log_interval", "device", "compile",
+FREE_TO_CHANGE = {  # settings that a resumed run may have otherwise than before
+    "out_dir", "data_dir", "init_from", "resume", "override", "eval_only", "micro_batch", "eval_interval",
+    "save_interval", "keep_checkpoints", "log_interval", "device", "compile", "deterministic",
 }  # fmt: skip
 
 
@@ -109,19 +112,24 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device: torch.device, autocast) -> np.ndarray:
+def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast, may_stop=False) -> np.ndarray | None:
     """Loss of every validation window, in nats a token: float64 (windows,), the same for any batch and world size.
 
-    Each process takes its share of the windows; each gets all results.
+    Each process takes its share of the windows; each gets all results. None if a signal asks to stop
+    and it may_stop.
     """
-    rank, world_size = start_processes()
+    rank, world_size = machine.start_processes()
     T = model.config.block_size
     starts = data.val_starts(len(tokens), T)
     losses = torch.zeros(len(starts), dtype=torch.float64)
     mine = np.arange(rank, len(starts), world_size)
     model.eval()
-    for i in range(0, len(mine), micro_batch):
+    for i in range(0, -(-len(starts) // world_size), micro_batch):  # as many turns on each process
+        if may_stop and machine.stop_requested(device):
+            return None
         batch = mine[i : i + micro_batch]
+        if len(batch) == 0:
+            continue
         x, y = data.windows(tokens, starts[batch], T)
         with autocast:
             loss = model(x.to(device), y.to(device), reduction="none")  # (B, T)
@@ -136,17 +144,6 @@ def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device: torch.dev
 def mean_and_error(losses: np.ndarray) -> tuple[float, float]:
     """Mean and its standard error, which is 0 for a single window."""
     return float(losses.mean()), float(losses.std(ddof=1) / math.sqrt(len(losses))) if len(losses) > 1 else 0.0
-
-
-def check_resumable(config: TrainConfig, meta: dict, state: dict, path: Path):
-    """Raise UserError if a setting that shapes the run, or its data, is not what it was."""
-    now, then = asdict(config), state["config"]
-    keys = [key for key in now if key not in FREE_TO_CHANGE and then.get(key) != now[key]]
-    changed = [f"{key}: {then.get(key)} there, {now[key]} now" for key in keys]
-    if {k: v["sha256"] for k, v in meta["splits"].items()} != state["data"]:
-        changed.append(f"data: {config.data_dir} holds other tokens")
-    if changed:
-        raise UserError(f"cannot resume {path}: {'; '.join(changed)}; use the old settings or another out_dir")
 
 
 def build_model(config: TrainConfig, dtype: torch.dtype) -> tuple[GPT, dict]:
@@ -168,21 +165,6 @@ def build_model(config: TrainConfig, dtype: torch.dtype) -> tuple[GPT, dict]:
     return model, checkpoint.read_lineage(path)
 
 
-def start_out_dir(out_dir: Path, step: int):
-    """Make out_dir, and remove what a run that goes on from `step` is about to write again."""
-    path = out_dir / "metrics.jsonl"
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        for damaged in storage.steps(out_dir):
-            if int(damaged.name.removeprefix("step-")) > step:
-                storage.discard(damaged)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if step and line.endswith("}") and json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"out_dir {out_dir} cannot be written: {error.strerror}") from None
-
-
 # ----------------------------------------------------------------------------------------------------------
 # One run
 
@@ -190,14 +172,23 @@ def start_out_dir(out_dir: Path, step: int):
 def train(config: TrainConfig) -> Path | None:
     """Train as configured; return the last checkpoint, which a finished run that is resumed already has.
 
-    With eval_only, print the validation loss of init_from and return None. Raises UserError.
+    With eval_only, print the validation loss of init_from and return None. Raises UserError, with exit code 143 or
+    130 where a signal stopped the run, which has then been saved.
     """
+    with contextlib.ExitStack() as until_the_end:
+        return run(config, until_the_end)
+
+
+def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None:
+    """`train`, with a stack for what has to be closed however it ends."""
     # ---- machine
-    rank, world_size = start_processes()
+    rank, world_size = machine.start_processes()
     say = tqdm.write if rank == 0 else lambda _: None  # tqdm's write leaves the progress bar whole
-    device = pick_device(config.device)
-    dtype, dtype_reason = pick_dtype(config.dtype, device)
-    compiled, compile_reason = pick_compile(config.compile, device)
+    device = machine.pick_device(config.device)
+    if config.deterministic:
+        machine.make_deterministic()
+    dtype, dtype_reason = machine.pick_dtype(config.dtype, device)
+    compiled, compile_reason = machine.pick_compile(config.compile, device)
     mixed = dtype in (torch.bfloat16, torch.float16)  # float32 weights, faster arithmetic where it is safe
     autocast = torch.autocast(device.type, dtype) if mixed else contextlib.nullcontext()
 
@@ -223,7 +214,6 @@ def train(config: TrainConfig) -> Path | None:
             f"block_size {T} x {world_size} process(es) = {micro_tokens}; the nearest that is: {nearest}"
         )
     accumulation = config.tokens_per_step // micro_tokens
-    batch_size = config.tokens_per_step // T
 
     # ---- optimizer
     optimizer = torch.optim.AdamW(
@@ -234,26 +224,25 @@ def train(config: TrainConfig) -> Path | None:
 
     # ---- resume
     out_dir = Path(config.out_dir)
-    start_step, best = 0, {"loss": math.inf, "step": None}
-    if storage.steps(out_dir) and not config.resume:
-        raise UserError(
-            f"{out_dir} holds checkpoints; add --resume to go on from the latest, or choose another out_dir"
-        )
-    resume_from = on_rank_0(storage.latest, out_dir)
-    if config.resume is True and not resume_from:
-        raise UserError(f"no usable checkpoint in {out_dir} to resume from; start without --resume")
+    start_step, evaluated_at, best = 0, None, {"loss": math.inf, "step": None}
+    machine.on_rank_0(lambda: until_the_end.enter_context(storage.lock(out_dir)))
+    resume_from = machine.on_rank_0(checkpoint.to_resume, out_dir, config.resume)
     if resume_from:
         state = checkpoint.load_training(resume_from, model, optimizer)
-        check_resumable(config, meta, state, resume_from)
-        start_step, best, lineage = state["step"], state["best"], checkpoint.read_lineage(resume_from)
+        free = FREE_TO_CHANGE | set(config.override.split(","))
+        checkpoint.check_same(asdict(config), state["config"], free, resume_from)
+        checkpoint.check_same({"data": data.fingerprint(meta)}, {"data": state["data"]}, free, resume_from)
+        start_step, evaluated_at, best = state["step"], state["evaluated_at"], state["best"]
+        lineage = checkpoint.read_lineage(resume_from)
         scaler.load_state_dict(state["scaler"])
         if start_step == config.max_steps:
             say(f"{resume_from}: already at step {start_step} of {config.max_steps}")
             return resume_from
         say(f"resuming from {resume_from}")
-    on_rank_0(start_out_dir, out_dir, start_step)
+    machine.on_rank_0(checkpoint.forget_after, out_dir, start_step)
     metrics = open(out_dir / "metrics.jsonl" if rank == 0 else os.devnull, "a", buffering=1)  # noqa: SIM115
-    made_by = versions(device) | {"processes": world_size}
+    until_the_end.enter_context(metrics)
+    made_by = machine.versions(device) | {"processes": world_size}
     parallel = model
     if world_size > 1:
         parallel = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
@@ -270,37 +259,46 @@ def train(config: TrainConfig) -> Path | None:
 
     # ---- loop: `step` counts the updates made so far
     model.train()
-    progress = tqdm(total=config.max_steps, initial=start_step, unit="step", disable=None if rank == 0 else True)
-    evaluated_at, logged_step, training_s = None, start_step, 0.0
+    shown = None if rank == 0 else True  # tqdm's words for: in a terminal, and: not
+    progress = until_the_end.enter_context(tqdm(total=config.max_steps, initial=start_step, unit="step", disable=shown))
+    logged_step, training_s = start_step, 0.0
     for step in itertools.count(start_step):
-        last, tokens, just_resumed = step == config.max_steps, step * config.tokens_per_step, step == start_step > 0
-        if (step % config.eval_interval == 0 or last) and not just_resumed:
-            losses, evaluated_at = evaluate(model, val_tokens, config.micro_batch, device, autocast), step
-            val_loss, val_error = mean_and_error(losses)
-            if val_loss < best["loss"]:
-                best = {"loss": val_loss, "step": step}
-            print(json.dumps({"step": step, "tokens": tokens, "val_loss": val_loss, "val_se": val_error}), file=metrics)
-            say(f"  step {step:>6,} of {config.max_steps:,}: val loss {val_loss:.4f} ± {val_error:.4f}")
-        if (step % config.save_interval == 0 or last) and step > start_step:
+        last, tokens = step == config.max_steps, step * config.tokens_per_step
+        if (step % config.eval_interval == 0 or last) and evaluated_at != step:
+            data.read_meta(config.data_dir)  # still the files that the run began with?
+            losses = evaluate(model, val_tokens, config.micro_batch, device, autocast, may_stop=not last)
+            if losses is not None:
+                val_loss, val_error = mean_and_error(losses)
+                if val_loss < best["loss"]:
+                    best = {"loss": val_loss, "step": step}
+                line = {"step": step, "tokens": tokens, "val_loss": val_loss, "val_se": val_error}
+                print(json.dumps(line), file=metrics)
+                say(f"  step {step:>6,} of {config.max_steps:,}: val loss {val_loss:.4f} ± {val_error:.4f}")
+                evaluated_at = step
+        stop = machine.stop_requested(device)
+        if (step % config.save_interval == 0 or last or stop) and step > start_step:
             state = {
-                "format": storage.FORMAT, "step": step, "tokens": tokens, "flops": tokens * flops, "best": best,
-                "scaler": scaler.state_dict(), "config": asdict(config), "versions": made_by,
-                "data": {split: entry["sha256"] for split, entry in meta["splits"].items()},
+                "format": storage.FORMAT, "step": step, "tokens": tokens, "flops": tokens * flops,
+                "evaluated_at": evaluated_at, "best": best, "scaler": scaler.state_dict(),
+                "config": asdict(config), "data": data.fingerprint(meta), "versions": made_by,
             }  # fmt: skip
             files = {"trainer_state.json": state} | ({"lineage.json": lineage} if lineage else {})
             if evaluated_at == step:
                 files["val_losses.json"] = {"block_size": T, "losses": losses.tolist()}
             path = out_dir / f"step-{step:08d}"
-            on_rank_0(checkpoint.save, path, model, meta["tokenizer"], meta["eot"], optimizer, files)
-            on_rank_0(storage.prune, out_dir, config.keep_checkpoints)
+            machine.on_rank_0(checkpoint.save, path, model, meta["tokenizer"], meta["eot"], optimizer, files)
+            machine.on_rank_0(storage.prune, out_dir, config.keep_checkpoints)
+        if stop:
+            saved = f"saved {path}" if step > start_step else "nothing new to save"
+            raise UserError(f"stopped by {signal.Signals(stop).name}; {saved}", exit_code=128 + stop)
         if last:
-            break
+            return path
 
         t0 = time.perf_counter()
         rate = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        starts = data.train_starts(len(train_tokens), T, config.seed, step, batch_size)
+        starts = data.train_starts(len(train_tokens), T, config.seed, step, config.tokens_per_step // T)
         starts = starts.reshape(accumulation, world_size, config.micro_batch)[:, rank]  # this process's share
         train_loss = 0.0
         for micro_step, micro_starts in enumerate(starts):
@@ -317,7 +315,12 @@ def train(config: TrainConfig) -> Path | None:
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         if not grad_norm.isfinite() and not scaler.is_enabled():  # a scaler skips such a step and tries a smaller scale
-            raise UserError(f"step {step}: the norm of the gradient is {grad_norm.item()}; lower lr", exit_code=1)
+            kept = ([resume_from] if resume_from else []) + storage.steps(out_dir)
+            raise UserError(
+                f"step {step}: non-finite gradient norm ({grad_norm.item()}), so the update was not made; "
+                f"last good checkpoint: {kept[-1] if kept else 'none'}; lower lr or warm up longer",
+                exit_code=1,
+            )
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -335,12 +338,10 @@ def train(config: TrainConfig) -> Path | None:
             print(json.dumps(line), file=metrics)
             progress.set_postfix(loss=f"{line['train_loss']:.3f}", tokens_per_s=line["tokens_per_s"])
             logged_step, training_s = step + 1, 0.0
-    progress.close()
-    metrics.close()
-    return path
 
 
 def main():
+    machine.watch_signals()
     config = configurator.load(TrainConfig)
     try:
         train(config)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import call_script
+from conftest import call_script, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -80,11 +80,13 @@ def test_half_precision_is_measured_in_float32():
     assert torch.equal(column_count(attention), column_count(attention.float()))
 
 
-def test_attention_that_is_not_finite_is_an_error():
-    attention = random_attention(8, 1, 0)
-    attention[0, 1, 2, 0] = math.nan
-    with pytest.raises(UserError, match="not finite"):
-        approximate_rank(attention)
+def test_attention_that_is_not_finite_is_an_error_that_names_layer_and_head():
+    model = random_model(dtype=torch.float32)
+    with torch.no_grad():
+        model.transformer.h[1].attn.c_attn.weight[16:32] = math.nan  # the queries of head 1
+    with pytest.raises(UserError, match=r"layer 1, heads \[1\]: attention is not finite") as caught:
+        analyze_attention.measure(model, torch.zeros(2, 8, dtype=torch.long), 0.9, 2)
+    assert caught.value.exit_code == 1
 
 
 def test_the_command_leaves_a_table_a_figure_and_numbers_that_follow_from_the_matrices(

@@ -8,7 +8,7 @@ PYTHON ?= python3
 .PHONY: demo test lint clean
 
 demo: .venv/installed
-	.venv/bin/python prepare_data.py python --out=data/demo --val_fraction=0.005
+	.venv/bin/python prepare_data.py python --out=data/demo
 	.venv/bin/python inheritune.py config/demo.toml
 
 test: .venv/installed-dev

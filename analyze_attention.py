@@ -2,7 +2,7 @@
 
     python analyze_attention.py out/demo/reference --data_dir=data/demo
     python analyze_attention.py out/demo/reference --data_dir=data/demo --out=out/rank --seq_len=64 --sequences=32
-    python analyze_attention.py gpt2 --data_dir=data/openwebtext --lazy_below=2
+    python analyze_attention.py gpt2 --data_dir=data/mine --lazy_below=2     # data of the gpt2 tokenizer
 
 A is the causal attention matrix of one layer, head and sequence: T x T, each row sums to 1. It is always of full
 rank (its diagonal is positive), so only an approximate rank means anything; it depends on T and tau, which are
@@ -39,7 +39,7 @@ class AnalyzeConfig:
 
     model: tyro.conf.Positional[str]  # a checkpoint, a run directory or a name on the hub
     data_dir: str = "data/python"  # made by prepare_data.py with the model's tokenizer
-    out: str = ""  # directory for the results; the default is beside the model: MODEL/attention
+    out: str = ""  # directory for the results; the default is MODEL/attention, for a hub name out/attention/MODEL
     seq_len: int = 0  # T; 0: the model's block_size
     sequences: int = 16  # validation windows, spread evenly
     tau: float = 0.90  # share of the energy that counts as all
@@ -126,9 +126,7 @@ def summarize(values: dict[str, np.ndarray], lazy_below: float) -> list[dict]:
         for name in MEASURES:
             by_head = values[name][layer]  # (H, S)
             for kind, by_sequence in (("max", by_head.max(0)), ("mean", by_head.mean(0))):
-                S = len(by_sequence)
-                row[f"{kind}_{name}"] = float(by_sequence.mean())
-                row[f"{kind}_{name}_se"] = float(by_sequence.std(ddof=1) / math.sqrt(S)) if S > 1 else 0.0
+                row[f"{kind}_{name}"], row[f"{kind}_{name}_se"] = data.mean_and_error(by_sequence)
         row["rank_one_share"] = float((values["rank"][layer] == 1).mean())
         row["lazy"] = row["max_rank"] < lazy_below
         rows.append(row)
@@ -145,11 +143,14 @@ def analyze(config: AnalyzeConfig) -> dict:
     path, device = storage.resolve(config.model), pick_device(config.device)
     model = checkpoint.load_model(path).to(device)
     T = config.seq_len or model.config.block_size
-    if not (2 <= T <= model.config.block_size and config.sequences >= 1 and 0 < config.tau <= 1):
+    counts = config.sequences >= 1 and config.micro_batch >= 1 and config.lazy_below >= 0
+    if not (2 <= T <= model.config.block_size and 0 < config.tau <= 1 and counts):
         raise UserError(
-            f"seq_len {T}, sequences {config.sequences}, tau {config.tau}; expected 2 <= seq_len <= block_size "
-            f"{model.config.block_size}, sequences >= 1, 0 < tau <= 1"
+            f"seq_len {T}, sequences {config.sequences}, micro_batch {config.micro_batch}, tau {config.tau}, "
+            f"lazy_below {config.lazy_below}; expected 2 <= seq_len <= block_size {model.config.block_size}, "
+            "sequences >= 1, micro_batch >= 1, 0 < tau <= 1, lazy_below >= 0"
         )
+    checkpoint.check_tokenizer(path, data.read_meta(config.data_dir))
     tokens = data.open_tokens(config.data_dir, "val", T, model.config.vocab_size)
     starts = data.val_starts(len(tokens), T)
     S = min(config.sequences, len(starts))
@@ -162,14 +163,19 @@ def analyze(config: AnalyzeConfig) -> dict:
         values["untrained"] = measure(GPT(model.config).eval().to(device), idx, config.tau, config.micro_batch)
     layers = {name: summarize(arrays, config.lazy_below) for name, arrays in values.items()}
     result = {
-        "model": str(path), "data": str(config.data_dir), "T": T, "tau": config.tau, "sequences": S,
+        "model": str(path), "sha256": storage.TensorFiles(path).sha256(), "data": str(config.data_dir),
+        "T": T, "tau": config.tau, "sequences": S, "sequences_asked": config.sequences,
         "lazy_below": config.lazy_below, "layers_before_lazy_tail": layers_before_lazy_tail(layers["model"]),
         "layers": layers["model"], "untrained": layers.get("untrained"),
         "heads": {name: value.mean(2).tolist() for name, value in values["model"].items()},  # (L, H)
     }  # fmt: skip
 
-    out = Path(config.out or Path(config.model) / "attention")
-    out.mkdir(parents=True, exist_ok=True)
+    beside = Path(config.model) / "attention" if Path(config.model).is_dir() else Path("out/attention") / config.model
+    out = Path(config.out or beside)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made: {error.strerror}") from None
     with open(out / "attention.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["model", "layer", "head", *MEASURES, "rank_one_share"])

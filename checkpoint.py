@@ -15,14 +15,17 @@ The files of a checkpoint:
 """
 
 import json
+import math
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from configurator import UserError
 from model import GPT, GPTConfig
-from storage import FORMAT, TensorFiles, discard, latest, publish, read_json, resolve, steps, write_json, write_tensors
+from storage import FORMAT, TensorFiles, latest, publish, read_json, resolve, steps, write_json, write_tensors
 
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored (in, out) by GPT-2, (out, in) by nn.Linear
 PARTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW's state
@@ -49,6 +52,8 @@ def read_config(path: Path) -> GPTConfig:
 
 def gpt_config(config: dict, path: Path) -> GPTConfig:
     """The GPTConfig of a config.json. Raises UserError for whatever this code would compute differently."""
+    if not isinstance(config, dict):
+        raise UserError(f"{path}/config.json: found a {type(config).__name__}, expected a table")
     same = {
         "model_type": ("gpt2", ["gpt2"]), "activation_function": ("gelu_new", ["gelu_new", "gelu_pytorch_tanh"]),
         "n_inner": (None, [None, 4 * config.get("n_embd", 0)]), "layer_norm_epsilon": (1e-5, [1e-5]),
@@ -67,10 +72,9 @@ def gpt_config(config: dict, path: Path) -> GPTConfig:
         return GPTConfig(
             n_layer=config["n_layer"], n_head=config["n_head"], n_embd=config["n_embd"],
             block_size=config["n_positions"], vocab_size=config["vocab_size"], bias=config.get("bias", True),
-            dropout=config.get("resid_pdrop", 0.1),
             scale_attn_by_inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False),
         )  # fmt: skip
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path}/config.json: {error}") from None
 
 
@@ -95,6 +99,13 @@ def hf_tensors(model: GPT) -> dict[str, torch.Tensor]:
         if not model.config.bias and not key.endswith(("wte.weight", "wpe.weight")):
             tensors[key.removesuffix("weight") + "bias"] = parameter.detach().new_zeros(parameter.shape[0])
     return tensors
+
+
+def check_tokenizer(path: Path, meta: dict):
+    """Raise UserError if a model was made for other tokens than a data directory's. OpenAI's models name none: gpt2."""
+    found = read_json(path / "config.json").get("tokenizer", "gpt2")
+    if found != meta["tokenizer"]:
+        raise UserError(f"{path} reads tokens of {found!r}, the data are of {meta['tokenizer']!r}; prepare others")
 
 
 def check_tensors(path: Path, found: dict[str, torch.Tensor], expected: dict[str, torch.Size]):
@@ -134,6 +145,9 @@ def save(path: str | Path, model: GPT, tokenizer: str, eot: int, optimizer=None,
 def load_weights(path: Path, model: GPT):
     """Fill a model from a GPT-2 directory, every parameter exactly once. Raises UserError naming what does not fit."""
     stored = TensorFiles(path)
+    keys = [key for name in stored if (key := gpt2_key(name))]
+    if len(set(keys)) < len(keys):
+        raise UserError(f"{path}: {', '.join(sorted({key for key in keys if keys.count(key) > 1}))} stored twice")
     found = {key: hf_layout(key, stored[name]) for name in stored if (key := gpt2_key(name))}
     head = found.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, found.get("transformer.wte.weight", head.new_empty(0))):
@@ -148,23 +162,28 @@ def load_weights(path: Path, model: GPT):
         parameter.copy_(found[key])
 
 
-def load_model(name: str | Path, dtype: torch.dtype = torch.float32) -> GPT:
+def load_model(name: str | Path, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> GPT:
     """The model in a checkpoint, a run or on the hub, on the CPU, in evaluation mode. Raises UserError."""
     path = resolve(name)
     with torch.device("meta"):  # no time and no random numbers for weights that are about to be replaced
-        model = GPT(read_config(path))
+        model = GPT(replace(read_config(path), dropout=dropout))
     model = model.to(dtype).to_empty(device="cpu")
     load_weights(path, model)
     return model.eval()
 
 
-def load_training(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict:
-    """Put a verified checkpoint's weights and optimizer state into place; return its trainer_state.json."""
+def read_state(path: Path) -> dict:
+    """The trainer_state.json of a checkpoint that a run can go on from. Raises UserError."""
     if not (path / "trainer_state.json").is_file():
         raise UserError(f"{path} has weights but no training state; start from it with --init_from={path}")
     state = read_json(path / "trainer_state.json")
-    if state["format"] != FORMAT:
-        raise UserError(f"{path}/trainer_state.json has format {state['format']}, this code reads {FORMAT}")
+    if state.get("format") != FORMAT:
+        raise UserError(f"{path}/trainer_state.json has format {state.get('format')}, this code reads {FORMAT}")
+    return state
+
+
+def load_training(path: Path, model: GPT, optimizer: torch.optim.Optimizer):
+    """Put a verified checkpoint's weights and optimizer state into place. Raises UserError naming what does not fit."""
     load_weights(path, model)
     names = {parameter: key for key, parameter in model.named_parameters()}
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -177,7 +196,6 @@ def load_training(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> d
         for i, p in enumerate(order)
     }
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return state
 
 
 def to_resume(run_dir: Path, resume: bool | str) -> Path | None:
@@ -191,8 +209,9 @@ def to_resume(run_dir: Path, resume: bool | str) -> Path | None:
             f"{run_dir} holds checkpoints; add --resume to go on from the latest, or choose another out_dir"
         )
     newest = latest(run_dir)
-    if resume is True and newest is None:
-        raise UserError(f"no usable checkpoint in {run_dir} (found {len(found)} damaged); start without --resume")
+    if newest is None and (found or resume is True):
+        remedy = "remove them or choose another out_dir" if found else "start without --resume"
+        raise UserError(f"no usable checkpoint in {run_dir} (found {len(found)} damaged); {remedy}")
     return newest
 
 
@@ -208,14 +227,24 @@ def check_same(now: dict, then: dict, free: set[str], path: Path):
 
 
 def forget_after(run_dir: Path, step: int):
-    """Drop what a run that goes on from `step` is about to write again: lines of metrics, damaged checkpoints."""
+    """Make room for what a run that goes on from `step` writes again; damaged checkpoints are set aside."""
     metrics = run_dir / "metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-    kept = [line for line in lines if step and line.endswith("}") and json.loads(line)["step"] <= step]
+    kept = [line for line in lines if step and step_of(line) <= step]
     metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     for path in steps(run_dir):
         if int(path.name.removeprefix("step-")) > step:
-            discard(path)
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
+def step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for one that was cut off or damaged."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def read_lineage(path: Path) -> dict:
@@ -223,10 +252,24 @@ def read_lineage(path: Path) -> dict:
     return read_json(path / "lineage.json") if (path / "lineage.json").exists() else {}
 
 
+def provenance(path: Path) -> dict:
+    """The lineage of what is trained from `path`: its own if it was only inherited, itself if it was trained."""
+    lineage = read_lineage(path)
+    if lineage and not (path / "trainer_state.json").exists():
+        return lineage
+    return {"reference": str(path), "sha256": TensorFiles(path).sha256(), "cost": cost(path)}
+
+
+def origin(lineage: dict) -> str | dict:
+    """What tells where two runs began apart: "scratch", or the weights and the layers that they inherited."""
+    return {key: lineage[key] for key in ("sha256", "layers", "parts") if key in lineage} or "scratch"
+
+
 def cost(path: Path) -> dict | None:
     """Tokens and FLOPs spent on a checkpoint and on what it was inherited from; None where it is not known."""
-    before = read_lineage(path).get("cost", {"tokens": 0, "flops": 0})
-    if before is None or not (path / "trainer_state.json").exists():
-        return None
-    state = read_json(path / "trainer_state.json")
-    return {key: state[key] + before[key] for key in ("tokens", "flops")}
+    lineage, state = read_lineage(path), path / "trainer_state.json"
+    before = lineage.get("cost")
+    if not state.exists() or (lineage and before is None):
+        return before
+    own = read_json(state)
+    return {key: own[key] + (before or {key: 0})[key] for key in ("tokens", "flops")}

@@ -1,7 +1,7 @@
 """Settings of a script: dataclass defaults < TOML preset < --key=value, each typed and checked.
 
     python train.py --help                                   # every setting with its default
-    python train.py config/demo.toml --max_steps=20          # a preset, and what differs from it
+    python train.py config/demo.toml --max_steps=200         # a preset, and what differs from it
     python train.py config/demo.toml --compile=False --lr=1e-3
 
 A script's settings are one dataclass. tyro makes the command line of it; typeguard checks the preset. A preset's
@@ -60,8 +60,11 @@ def from_table(cls, table: dict, where: str):
         check_key(key, hints, where)
         inner = next(iter(typing.get_args(hints[key])), None)  # list[Arm] -> Arm
         if isinstance(value, list) and dataclasses.is_dataclass(inner):
-            value = [from_table(inner, item, f"{where}: {key}[{i}]") for i, item in enumerate(value)]
+            tables = [item if isinstance(item, dict) else {"": item} for item in value]  # no table: an unknown key
+            value = [from_table(inner, item, f"{where}: {key}[{i}]") for i, item in enumerate(tables)]
         try:
+            if isinstance(value, bool) and hints[key] in (int, float):
+                raise typeguard.TypeCheckError("bool is not a number")
             typeguard.check_type(value, hints[key])
         except typeguard.TypeCheckError as error:
             raise UserError(f"{where}: {key} = {value!r}: {' '.join(str(error).split())}") from None
@@ -73,10 +76,11 @@ def from_table(cls, table: dict, where: str):
 
 
 def own_settings(table: dict, path: Path) -> dict:
-    """What of a preset is for the running script: the keys at its top, and the table of the script's name."""
+    """The settings in a preset that the running script reads: those at its top and those in its own table."""
     shared = {key: value for key, value in table.items() if not isinstance(value, dict)}
     scripts = {key: value for key, value in table.items() if isinstance(value, dict)}
-    known = [script.stem for script in Path(__file__).parent.glob("*.py")]
+    files = Path(__file__).parent.glob("*.py")
+    known = [file.stem for file in files if "configurator.load(" in file.read_text(encoding="utf-8")]
     for name in scripts:
         check_key(name, known, str(path))
     return shared | scripts.get(Path(sys.argv[0]).stem, {})
@@ -96,11 +100,13 @@ def load(cls, argv: list[str] | None = None):
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise UserError(f"{path}: not a readable preset: {error}") from None
         preset = {"default": from_table(cls, own_settings(table, path), str(path))}
-    known = [field.name for field in dataclasses.fields(cls)]
+    hints = typing.get_type_hints(cls)
     for i, option in enumerate(argv):
         if option.startswith("--") and option != "--help":
-            check_key(option[2:].split("=")[0].replace("-", "_"), known, Path(sys.argv[0]).name)
-            if "=" not in option and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
+            key = option[2:].split("=")[0].replace("-", "_")
+            check_key(key, hints, Path(sys.argv[0]).name)
+            switch = hints[key] is bool or True in typing.get_args(hints[key])
+            if switch and "=" not in option and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
                 argv[i] += "=True"  # --resume alone means --resume=True
     stderr = io.StringIO()
     try:

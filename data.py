@@ -1,7 +1,7 @@
 """Token files: their format, the order of training batches, the fixed validation windows.
 
     python prepare_data.py python --out=data/python        # makes a data directory
-    python -m data data/python                             # describes one
+    python -m data data/python                             # verifies and describes one
 
 A data directory holds train.bin and val.bin (little-endian uint16, or uint32 for a vocabulary that needs it)
 and meta.json, which is written last: where it is, the preparation was finished.
@@ -11,7 +11,9 @@ micro-batch only takes its slice of it, and all models of a comparison see the s
 """
 
 import functools
+import hashlib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -48,7 +50,7 @@ def tokenizer(name: str) -> tiktoken.Encoding:
 def read_meta(data_dir: str | Path) -> dict:
     """The checked meta.json of a data directory. Raises UserError where the files are not what it says."""
     data_dir = Path(data_dir)
-    prepare = "prepare it with: python prepare_data.py python --out=" + str(data_dir)
+    prepare = f"prepare it with: python prepare_data.py SOURCE --out={data_dir} (SOURCE may be: python)"
     if not data_dir.is_dir():
         raise UserError(f"data directory {data_dir} does not exist; {prepare}")
     try:
@@ -56,13 +58,23 @@ def read_meta(data_dir: str | Path) -> dict:
     except (OSError, ValueError) as error:
         reason = "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({error})"
         raise UserError(f"{data_dir}/meta.json is {reason}, so the preparation did not finish; {prepare}") from None
-    if meta.get("format") != FORMAT:
-        raise UserError(f"{data_dir}/meta.json has format {meta.get('format')}, expected {FORMAT}; {prepare}")
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT or "splits" not in meta:
+        raise UserError(f"{data_dir}/meta.json is not of format {FORMAT}; {prepare}")
     for split, entry in meta["splits"].items():
         path, expected = data_dir / f"{split}.bin", entry["tokens"] * np.dtype(meta["dtype"]).itemsize
         found = path.stat().st_size if path.is_file() else "no file"
         if found != expected:
             raise UserError(f"{path}: found {found}, expected {expected} bytes; {prepare}")
+    return meta
+
+
+def verify(data_dir: str | Path) -> dict:
+    """read_meta, after the sha256 of each file was compared too: seconds for ten gigabytes. Raises UserError."""
+    meta = read_meta(data_dir)
+    for split, entry in meta["splits"].items():
+        with open(Path(data_dir) / f"{split}.bin", "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                raise UserError(f"{data_dir}/{split}.bin: sha256 mismatch; the file is damaged, prepare it again")
     return meta
 
 
@@ -89,19 +101,24 @@ def open_tokens(data_dir: str | Path, split: str, block_size: int, vocab_size: i
 # The order of training, and validation
 
 
+def n_train_windows(n_tokens: int, block_size: int) -> int:
+    """Windows of an epoch: the same number in each, whatever its offset."""
+    return max(1, (n_tokens - 1) // block_size - 1)
+
+
 @functools.lru_cache(maxsize=2)  # a batch may span two epochs
 def epoch_starts(n_tokens: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
     """Where the windows of one epoch start: from a random offset cut into windows of T, in random order."""
     # RandomState, not default_rng: NumPy promises (NEP 19) that its stream never changes, which resuming relies on
     random = np.random.RandomState([seed, epoch])
-    n_windows = max(1, (n_tokens - 1) // block_size - 1)  # the same in every epoch, whatever the offset
+    n_windows = n_train_windows(n_tokens, block_size)
     offset = random.randint(min(block_size, n_tokens - n_windows * block_size))
     return offset + block_size * random.permutation(n_windows)
 
 
 def train_starts(n_tokens: int, block_size: int, seed: int, step: int, batch_size: int) -> np.ndarray:
     """Where the batch_size windows of update `step` start: f(seed, step), each window once an epoch."""
-    n_windows = len(epoch_starts(n_tokens, block_size, seed, 0))
+    n_windows = n_train_windows(n_tokens, block_size)
     positions = range(step * batch_size, (step + 1) * batch_size)  # in the endless sequence of windows
     return np.array([epoch_starts(n_tokens, block_size, seed, p // n_windows)[p % n_windows] for p in positions])
 
@@ -109,6 +126,12 @@ def train_starts(n_tokens: int, block_size: int, seed: int, step: int, batch_siz
 def val_starts(n_tokens: int, block_size: int) -> np.ndarray:
     """Where the validation windows start: always all of them, in order; a tail shorter than T is left out."""
     return np.arange((n_tokens - 1) // block_size) * block_size
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """Mean of independent values and its standard error, which is 0 for a single one."""
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return float(values.mean()), float(error)
 
 
 def windows(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,7 +143,7 @@ def windows(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[to
 def main():
     if len(sys.argv) != 2:
         raise UserError("usage: python -m data DIR")
-    meta = read_meta(sys.argv[1])
+    meta = verify(sys.argv[1])
     print(f"{sys.argv[1]}: {meta['source']}, tokenizer {meta['tokenizer']}, {meta['dtype']}")
     for split, entry in meta["splits"].items():
         print(f"  {split:5s} {entry['tokens']:>14,} tokens {entry['documents']:>10,} documents  {entry['sha256'][:12]}")

@@ -25,7 +25,7 @@ from configurator import UserError
 from model import GPT
 
 LAYER = re.compile(r"^(.*?(?:^|\.)(?:h|layers|blocks)\.)(\d+)(\..+)$")  # "transformer.h." "3" ".ln_1.weight"
-PARTS = {"attn": ".attn.", "mlp": ".mlp.", "ln": ".ln_"}  # what of a GPT-2 block each part means
+BLOCK_PARTS = {"attn": ".attn.", "mlp": ".mlp.", "ln": ".ln_"}  # the tensors of a GPT-2 block by --parts
 
 
 @dataclass
@@ -72,8 +72,9 @@ def plan(names, layers: list[int], n_layer: int) -> dict[str, str]:
 
 
 def sliced_config(config: dict, layers: list[int], n_layer: int) -> dict:
-    """config.json of the target: the number of layers, and every list that has an entry for each layer."""
-    lists = {k: [v[i] for i in layers] for k, v in config.items() if isinstance(v, list) and len(v) == n_layer}
+    """config.json of the target: the number of layers, and the lists that have an entry for each ("layer_types")."""
+    per_layer = [k for k, v in config.items() if "layer" in k and isinstance(v, list) and len(v) == n_layer]
+    lists = {key: [config[key][i] for i in layers] for key in per_layer}
     return config | lists | {key: len(layers) for key in ("n_layer", "num_hidden_layers") if key in config}
 
 
@@ -94,12 +95,12 @@ def inherit(reference: str | Path, layers: str, out: str | Path, parts: str = ""
 
     fresh = {}
     if parts:
-        unknown = set(parts.split(",")) - set(PARTS)
+        unknown = set(parts.split(",")) - set(BLOCK_PARTS)
         if unknown or config.get("model_type") != "gpt2":
             raise UserError(
-                f"parts {parts!r} of a {config.get('model_type')} model; expected {', '.join(PARTS)} of gpt2"
+                f"parts {parts!r} of a {config.get('model_type')} model; expected {', '.join(BLOCK_PARTS)} of gpt2"
             )
-        taken = tuple(PARTS[part] for part in parts.split(","))
+        taken = tuple(BLOCK_PARTS[part] for part in parts.split(","))
         torch.manual_seed(seed)
         drawn = checkpoint.hf_tensors(GPT(checkpoint.gpt_config(target_config, path)))
         fresh = {key: drawn[key] for key in source if LAYER.match(key) and not any(part in key for part in taken)}
@@ -115,21 +116,20 @@ def inherit(reference: str | Path, layers: str, out: str | Path, parts: str = ""
     origin = {key: f"fresh, seed {seed}" if key in fresh else source[key] for key in source}
     lineage = {
         "reference": str(reference), "layers": chosen, "parts": parts or "all",
-        "sha256": {file.name: storage.sha256_of(file) for file in sorted(set(stored.files.values()))},
-        "cost": checkpoint.cost(path), "tensors": origin,
+        "sha256": stored.sha256(), "cost": checkpoint.cost(path), "tensors": origin,
     }  # fmt: skip
     with storage.publish(out) as directory:
         storage.write_json(directory / "config.json", target_config)
-        storage.write_tensors(directory / "model.safetensors", source, read)
+        sizes = storage.write_tensors(directory / "model.safetensors", source, read)
         storage.write_json(directory / "lineage.json", lineage)
         for pattern in ("*token*", "vocab*", "merges.txt"):  # the tokenizer, where there is one
             for file in path.glob(pattern):
                 shutil.copy(file, directory)
-    print_lineage(out, origin, len(chosen), read)
+    print_lineage(out, origin, len(chosen), sizes)
     return Path(out)
 
 
-def print_lineage(out: str | Path, origin: dict[str, str], n_layer: int, read):
+def print_lineage(out: str | Path, origin: dict[str, str], n_layer: int, sizes: dict[str, int]):
     """A line for each layer and each tensor outside the layers: what it is, where from, how many numbers."""
     rows = {}
     for key, source in origin.items():
@@ -137,7 +137,7 @@ def print_lineage(out: str | Path, origin: dict[str, str], n_layer: int, read):
         name = f"{match[1]}{match[2]}" if match else key
         where = f"{source_match[1]}{source_match[2]}" if source_match else source
         wheres, n_params = rows.get(name, (set(), 0))
-        rows[name] = (wheres | {where}, n_params + read(key).numel())
+        rows[name] = (wheres | {where}, n_params + sizes[key])
     table = [(name, " + ".join(sorted(wheres, reverse=True)), n) for name, (wheres, n) in rows.items()]
     left, right = (max(len(row[column]) for row in table) for column in (0, 1))
     for name, where, n_params in table:

@@ -2,17 +2,17 @@
 
     python inheritune.py config/demo.toml                                    # minutes on a laptop's CPU
     python inheritune.py config/demo.toml --out_dir=out/mine --max_steps=600   # any setting of train.py
-    torchrun --standalone --nproc_per_node=8 inheritune.py config/demo.toml
+    torchrun --standalone --nproc_per_node=4 inheritune.py config/demo.toml --micro_batch=8
 
 Kill it and start it again: each stage that is complete is skipped, a run goes on from its last checkpoint.
 Every model sees the same tokens in the same order and the same validation windows.
 """
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import torch.distributed as dist
 import tyro
 
 import checkpoint
@@ -21,7 +21,8 @@ import storage
 from analyze_attention import AnalyzeConfig, analyze, print_table
 from configurator import UserError
 from inherit import inherit
-from machine import on_rank_0, watch_signals
+from machine import on_rank_0, pick_device, versions, watch_signals
+from model import GPTConfig
 from report import paired_difference, report, verdict
 from train import TrainConfig, train
 
@@ -32,6 +33,10 @@ class Arm:
 
     name: str
     step_factor: int = 1  # its steps, as a multiple of max_steps
+
+    def directory(self, k: int) -> str:
+        """Where an arm of k layers is trained, below the recipe's out_dir."""
+        return f"arm-{'-'.join(re.findall(r'[a-z0-9]+', self.name.lower()))}-{k}"
 
 
 @dataclass
@@ -46,12 +51,23 @@ class RecipeConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        names = [arm.name for arm in self.arms]
-        if len(set(names)) < len(names) or self.expand_by < 1 or self.init_from != "scratch" or self.eval_only:
+        n_layer = GPTConfig.n_layer if self.n_layer is None else self.n_layer
+        if self.start_layers is None:
+            self.start_layers = max(1, n_layer // 2)
+        for key, most in (("start_layers", n_layer), ("expand_by", n_layer), ("sequences", 10**6)):
+            if not 1 <= getattr(self, key) <= most:
+                raise UserError(f"{key} is {getattr(self, key)}, expected 1 to {most}")
+        if not math.isfinite(self.tolerance):
+            raise UserError(f"tolerance is {self.tolerance}, expected a finite number of nats")
+        directories = [arm.directory(0) for arm in self.arms]
+        if len(set(directories)) < len(directories) or "arm--0" in directories:
             raise UserError(
-                f"arms {names}, expand_by {self.expand_by}, init_from {self.init_from!r}, eval_only {self.eval_only}; "
-                "expected different names, at least 1, 'scratch' and False"
+                f"arms {[arm.name for arm in self.arms]}: each needs a name of its own, of letters or digits"
             )
+        if any(arm.step_factor < 1 for arm in self.arms):
+            raise UserError("step_factor of an arm is below 1, expected 1 or more")
+        if self.init_from != "scratch" or self.eval_only:
+            raise UserError("a recipe trains its own reference: init_from and eval_only are for train.py")
 
 
 def recipe(config: RecipeConfig):
@@ -63,26 +79,13 @@ def recipe(config: RecipeConfig):
         settings = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
         return train(TrainConfig(**settings | {"out_dir": str(out_dir / name), "resume": "auto"} | changes))
 
-    def measure_attention(model: Path, name: str):
-        out = out_dir / "attention" / name
-        if not (out / "attention.json").exists():
-            settings = {"sequences": config.sequences, "data_dir": config.data_dir, "device": config.device}
-            print_table(analyze(AnalyzeConfig(str(model), out=str(out), **settings)))
-
-    def inherit_once(reference: Path, layers: str, out: Path):
-        if not out.exists():
-            inherit(reference, layers, out)
-
     # ---- reference
     reference = run("reference")
-    on_rank_0(measure_attention, reference, "reference")
-    n_layer = checkpoint.read_config(reference).n_layer
+    on_rank_0(measure_attention, config, reference)
     models = [{"name": "reference", "role": "reference", "path": str(reference.relative_to(out_dir))}]
 
     # ---- rounds: inherit, train, expand
-    k = n_layer // 2 if config.start_layers is None else config.start_layers
-    if not 1 <= k <= n_layer:
-        raise UserError(f"start_layers is {k}, expected 1 to {n_layer}, the reference's layers")
+    n_layer, k = checkpoint.read_config(reference).n_layer, config.start_layers
     while True:
         init = out_dir / f"inherited-{k}" / "init"
         on_rank_0(inherit_once, reference, f"0:{k}", init)
@@ -99,30 +102,46 @@ def recipe(config: RecipeConfig):
             break
         k = min(k + config.expand_by, n_layer)
     models[-1]["role"] = "target"
-    on_rank_0(measure_attention, target, "target")
+    on_rank_0(measure_attention, config, target)
 
     # ---- arms: the target's size
     for arm in config.arms:
-        slug = "-".join(re.findall(r"\w+", arm.name.lower()))
-        path = run(f"{slug}-{k}", n_layer=k, max_steps=arm.step_factor * config.max_steps)
+        path = run(arm.directory(k), n_layer=k, max_steps=arm.step_factor * config.max_steps)
         models.append({"name": f"{arm.name}, {k} layers", "role": "arm", "path": str(path.relative_to(out_dir))})
 
     # ---- report
     def finish():
-        storage.write_json(out_dir / "recipe.json", {"models": models, "tolerance": config.tolerance})
+        made_by = versions(pick_device(config.device)) | {"seed": config.seed}
+        content = {"models": models, "tolerance": config.tolerance, "made_by": made_by}
+        storage.write_json(out_dir / "recipe.json", content)
         report(out_dir)
 
     on_rank_0(finish)
 
 
+def measure_attention(config: RecipeConfig, model: Path):
+    """Analyze the attention of a model, unless that was done with the same weights and settings."""
+    out = model.parent / "attention"
+    settings = {"sequences": config.sequences, "data_dir": config.data_dir, "device": config.device}
+    if (out / "attention.json").exists():
+        found = storage.read_json(out / "attention.json")
+        same = {"sha256": storage.TensorFiles(model).sha256(), "sequences_asked": config.sequences}
+        if all(found[key] == value for key, value in same.items()):
+            return
+    print_table(analyze(AnalyzeConfig(str(model), out=str(out), **settings)))
+
+
+def inherit_once(reference: Path, layers: str, out: Path):
+    """Inherit, unless that was done. Raises UserError if it was done from another reference than the present one."""
+    if not out.exists():
+        inherit(reference, layers, out)
+    elif checkpoint.read_lineage(out).get("sha256") != storage.TensorFiles(reference).sha256():
+        raise UserError(f"{out} was inherited from another reference than {reference}; remove {out.parent}")
+
+
 def main():
     watch_signals()
-    config = configurator.load(RecipeConfig)
-    try:
-        recipe(config)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    recipe(configurator.load(RecipeConfig))
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def attention_matrices(self, idx):
-        """Yield the attention matrices (B, nh, T, T) of layer 0, 1, ..., holding one layer's at a time.
+        """Yield the attention matrices (B, nh, T, T) of layer 0, 1, ..., computed one layer at a time.
 
         An explicit softmax beside the fused one: tests/test_model.py shows that they agree.
         """
@@ -187,7 +187,7 @@ class GPT(nn.Module):
 
         Temperature 0 takes the likeliest token. Raises ValueError for an empty prompt, temperature < 0, top_k < 1.
         """
-        if idx.shape[1] == 0 or temperature < 0 or (top_k is not None and top_k < 1):
+        if idx.shape[1] == 0 or not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
             raise ValueError(
                 f"cannot sample from a prompt of {idx.shape[1]} tokens at temperature {temperature}, top_k {top_k} "
                 "(expected at least 1 token, temperature >= 0, top_k >= 1)"
@@ -200,6 +200,7 @@ class GPT(nn.Module):
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)
             else:
-                token = torch.multinomial((logits / temperature).softmax(-1), 1)
+                logits = logits - logits.amax(-1, keepdim=True)  # no overflow, however low the temperature
+                token = torch.multinomial((logits / max(temperature, 1e-6)).softmax(-1), 1)
             idx = torch.cat([idx, token], dim=1)
         return idx

@@ -9,6 +9,8 @@ splits OpenWebText. Each document is encoded as plain text (it cannot forge a sp
 end-of-text. The bytes written do not depend on the number of workers.
 """
 
+import contextlib
+import glob
 import hashlib
 import json
 import math
@@ -27,8 +29,9 @@ import tyro
 from tqdm import tqdm
 
 import configurator
+import data
 from configurator import UserError
-from data import FORMAT, read_meta, tokenizer
+from data import FORMAT, tokenizer
 
 CHUNK = 64  # documents a worker encodes at a time
 
@@ -44,7 +47,7 @@ class PrepareConfig:
     site_packages: bool = False  # python: add the source of every installed package
     sample_by: Literal["document", "paragraph", "line"] = "document"  # files: what of a .txt file is one document
     text_column: str = "text"  # files: the column of .jsonl and .parquet files that holds the text
-    val_fraction: float = 0.0005  # share of the documents for validation; nanoGPT's for OpenWebText
+    val_fraction: float = 0.005  # share of the documents for validation
     seed: int = 2357  # of the split; nanoGPT's for OpenWebText
     workers: int = os.cpu_count() or 1  # processes
 
@@ -111,9 +114,11 @@ def documents(config: PrepareConfig) -> tuple[Sequence, str]:
     column = "text" if reader == "text" else config.text_column
     options = {"sample_by": config.sample_by} if reader == "text" else {}
     try:
-        table = datasets.load_dataset(reader, data_files=list(config.paths), split="train", **options)
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise UserError(f"files: {' '.join(str(error.__cause__ or error).split())}") from None
+        table = datasets.load_dataset(
+            reader, data_files=[glob.escape(path) for path in config.paths], split="train", **options
+        )
+    except (datasets.exceptions.DatasetsError, StopIteration, ValueError, OSError) as error:
+        raise UserError(f"files: not readable as {reader}: {' '.join(str(error.__cause__ or error).split())}") from None
     if column not in table.column_names:
         raise UserError(f"files: no column {column!r}; found {', '.join(table.column_names)}; set --text_column")
     return Column(table, column), f"files {' '.join(Path(path).name for path in config.paths)}"
@@ -154,6 +159,11 @@ def encode(indices: np.ndarray) -> tuple[np.ndarray, int]:
     return np.array(ids, dtype=dtype), n_documents
 
 
+def stamp(path: str) -> list[int]:
+    """Size and time of last change of a file, by which an edited corpus is told from the one that was prepared."""
+    return [os.stat(path).st_size, os.stat(path).st_mtime_ns] if os.path.exists(path) else []
+
+
 def write_split(path: Path, pool, indices: np.ndarray) -> dict:
     """Encode documents into one token file; return its entry in meta.json."""
     chunks = [indices[i : i + CHUNK] for i in range(0, len(indices), CHUNK)]
@@ -175,22 +185,34 @@ def write_split(path: Path, pool, indices: np.ndarray) -> dict:
 def main():
     config = configurator.load(PrepareConfig)
     out = Path(config.out)
-    arguments = {k: v for k, v in asdict(config).items() if k not in ("out", "workers")} | {"paths": list(config.paths)}
-    if (out / "meta.json").exists():
-        found = read_meta(out)["arguments"]
-        if found == arguments:
+    arguments = {key: value for key, value in asdict(config).items() if key not in ("out", "workers")}
+    arguments["paths"] = [[path, *stamp(path)] for path in config.paths]
+    arguments["python"] = platform.python_version() if config.source == "python" else None
+    changed = []
+    if not 0 < config.val_fraction < 1 or config.workers < 1 or config.seed < 0:
+        raise UserError(
+            f"val_fraction is {config.val_fraction}, workers {config.workers}, seed {config.seed}; "
+            "expected 0 < val_fraction < 1, workers >= 1, seed >= 0"
+        )
+    with contextlib.suppress(UserError):  # what is damaged or unfinished is made again
+        found = data.read_meta(out)["arguments"]
+        changed = [key for key in arguments if arguments[key] != found.get(key)]
+        if not changed:
             print(f"{out} is up to date")
             return
-        changed = ", ".join(k for k in arguments if arguments[k] != found.get(k))
-        raise UserError(f"{out} was prepared with another {changed}; choose another --out, or remove it first")
-    if not 0 < config.val_fraction < 1 or config.workers < 1:
-        raise UserError(f"found val_fraction {config.val_fraction}, workers {config.workers}; expected 0 < f < 1, >= 1")
+    if changed:
+        raise UserError(
+            f"{out} was prepared with another {', '.join(changed)}; choose another --out, or remove it first"
+        )
 
     encoding = tokenizer(config.tokenizer)
     dtype = "<u2" if encoding.n_vocab <= 2**16 else "<u4"
     texts, source = documents(config)
     indices = split(len(texts), config.val_fraction, config.seed)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made: {error.strerror}") from None
     with multiprocessing.Pool(config.workers, start_worker, (texts, config.tokenizer, dtype)) as pool:
         splits = {name: write_split(out / f"{name}.bin", pool, indices[name]) for name in ("train", "val")}
     if not all(entry["tokens"] for entry in splits.values()):

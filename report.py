@@ -8,7 +8,6 @@ checkpoint and the results of analyze_attention.py.
 """
 
 import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import tyro
 
 import checkpoint
 import configurator
+import data
 import storage
 from configurator import UserError
 
@@ -50,10 +50,11 @@ def paired_difference(path: Path, reference: Path) -> tuple[float, float]:
     """
     ours, theirs = val_losses(path), val_losses(reference)
     if ours.shape != theirs.shape:
-        raise UserError(f"{path} was evaluated on {len(ours)} windows, {reference} on {len(theirs)}; evaluate alike")
-    difference = ours - theirs
-    error = difference.std(ddof=1) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
-    return float(difference.mean()), float(1.96 * error)
+        raise UserError(
+            f"{path} was evaluated on {len(ours)} windows, {reference} on {len(theirs)}, not on the same data"
+        )
+    mean, error = data.mean_and_error(ours - theirs)
+    return mean, 1.96 * error
 
 
 @torch.no_grad()
@@ -89,13 +90,13 @@ def rows_of(recipe: dict, out_dir: Path) -> list[dict]:
     rows = []
     for model in recipe["models"]:
         path = out_dir / model["path"]
-        config, losses = checkpoint.read_config(path), val_losses(path)
+        config, (loss, error) = checkpoint.read_config(path), data.mean_and_error(val_losses(path))
         difference, interval = paired_difference(path, reference)
         rows.append(
             {
                 "name": model["name"], "path": path, "n_layer": config.n_layer, "n_params": config.num_params(),
-                "own_tokens": storage.read_json(path / "trainer_state.json")["tokens"], **(checkpoint.cost(path) or {}),
-                "loss": float(losses.mean()), "error": float(losses.std(ddof=1) / math.sqrt(len(losses))),
+                "own_tokens": storage.read_json(path / "trainer_state.json")["tokens"], **checkpoint.cost(path),
+                "loss": loss, "error": error,
                 "difference": difference, "interval": interval, "latency": relative_latency(path, reference),
                 "verdict": "reference" if path == reference else verdict(difference, interval, recipe["tolerance"]),
             }
@@ -123,8 +124,7 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         cells.append(
             [row["name"], str(row["n_layer"]), f"{row['n_params'] / 1e6:.2f} M",
-             f"{row['tokens'] / 1e6:.2f} M" if "tokens" in row else "unknown",
-             f"{row['flops']:.2e}" if "flops" in row else "unknown",
+             f"{row['tokens'] / 1e6:.2f} M", f"{row['flops']:.2e}",
              f"{row['loss']:.4f} ± {row['error']:.4f}", f"{row['difference']:+.4f} ± {row['interval']:.4f}",
              f"{row['latency']:.2f}", row["verdict"]]
         )  # fmt: skip
@@ -138,14 +138,17 @@ def claims(rows: list[dict], recipe: dict, attention: dict) -> str:
     by_role = {model["role"]: row for model, row in zip(recipe["models"], rows, strict=True)}
     reference, target = by_role["reference"], by_role["target"]
     ranks = [row["max_rank"] for row in attention["layers"]]
-    half = len(ranks) // 2
-    early, late = np.mean(ranks[:half]), np.mean(ranks[half:])
-    lazy = sum(row["lazy"] for row in attention["layers"])
+    half = (len(ranks) + 1) // 2
+    early, late = np.mean(ranks[:half]), np.mean(ranks[half:] or ranks)
+    lazy = sum(row["lazy"] for row in attention["layers"][half:])
+    untrained = np.mean([row["max_rank"] for row in attention["untrained"]])
+    smaller = target["n_layer"] < reference["n_layer"] and target["difference"] <= recipe["tolerance"]
     lines = [
-        f"- *Deep layers are lazy*: {'yes' if lazy else 'no'}. {lazy} of {len(ranks)} layers have no head of rank "
-        f"{attention['lazy_below']} or more. The largest head rank is {early:.1f} on average in the first half of the "
-        f"reference's layers, {late:.1f} in the second; full would be {attention['T']}.",
-        f"- *A smaller inherited model matches the reference*: {'yes' if target['verdict'].startswith('m') else 'no'}. "
+        f"- *Deep layers are lazy*: {'yes' if lazy else 'no'}. {lazy} of the {len(ranks) - half} layers in the second "
+        f"half of the reference have no head of rank {attention['lazy_below']} or more. The largest head rank is "
+        f"{early:.1f} on average in the first half, {late:.1f} in the second, {untrained:.1f} in an untrained model; "
+        f"full is {attention['T']}.",
+        f"- *A smaller inherited model matches the reference*: {'yes' if smaller else 'no'}. "
         f"{target['n_layer']} of {reference['n_layer']} layers, difference {target['difference']:+.4f} ± "
         f"{target['interval']:.4f} nats. It saw {target['tokens'] / reference['tokens']:.1f} times the tokens "
         "that the reference saw, these included.",
@@ -180,7 +183,7 @@ def plot_losses(rows: list[dict], out_dir: Path):
         axis.plot(np.array(tokens) / 1e6, losses, label=f"{row['name']}: {row['loss']:.3f}", marker="o", ms=3, **style)
     axis.axhline(rows[0]["loss"], color="#000000", linewidth=0.8, linestyle=":")
     # the first evaluations of random weights would squeeze the part that matters
-    highest = max(curve(row["path"].parent)[1][1] for row in rows)
+    highest = max(curve(row["path"].parent)[1][1] for row in rows)  # each has a first and a last evaluation
     lowest = min(row["loss"] for row in rows)
     axis.set(xlabel="tokens of its own training, millions", ylabel="validation loss, nats a token")
     axis.set_ylim(lowest - 0.05 * (highest - lowest), highest + 0.05 * (highest - lowest))
@@ -225,13 +228,15 @@ def report(out_dir: str | Path) -> Path:
         raise UserError(f"{out_dir}/recipe.json: not found; finish the recipe with: python inheritune.py PRESET.toml")
     recipe = storage.read_json(out_dir / "recipe.json")
     attention = {
-        name: storage.read_json(out_dir / "attention" / name / "attention.json") for name in ("reference", "target")
+        model["role"]: storage.read_json((out_dir / model["path"]).parent / "attention" / "attention.json")
+        for model in recipe["models"]
+        if model["role"] in ("reference", "target")
     }
     rows = rows_of(recipe, out_dir)
     plot_losses(rows, out_dir)
     plot_ranks(attention, out_dir / "rank.png")
-    state = storage.read_json(rows[0]["path"] / "trainer_state.json")
-    made_by = ", ".join(f"{key} {value}" for key, value in state["versions"].items())
+    made_by = ", ".join(f"{key} {value}" for key, value in recipe["made_by"].items())
+    target = next(Path(model["path"]).parent for model in recipe["models"] if model["role"] == "target")
     text = f"""# {out_dir.name}
 
 {table(rows)}
@@ -255,9 +260,9 @@ training wherever a model inherits from it. Latency: a forward pass of one seque
 
 k*: the least number of singular directions with {attention["reference"]["tau"]:.0%} of the squared singular values.
 c*: the fewest columns with that share of the squared entries, our reading of the paper's "90% total mass". Both
-depend on T. Per head: [reference](attention/reference/attention.png), [target](attention/target/attention.png).
+depend on T. Per head: [reference](reference/attention/attention.png), [target]({target}/attention/attention.png).
 
-Made by: {made_by}, seed {state["config"]["seed"]}.
+Made by: {made_by}.
 """
     path = out_dir / "report.md"
     path.write_text(text, encoding="utf-8")

@@ -40,7 +40,7 @@ def main():
     ids = encoding.encode_ordinary(config.prompt) or [encoding.eot_token]
     if max(ids) >= model.config.vocab_size:
         raise UserError(f"token id {max(ids)} of the prompt >= vocab_size {model.config.vocab_size}")
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed % 2**63)
     idx = torch.tensor([ids], device=device)  # (1, T)
     try:
         idx = model.generate(idx, config.max_new_tokens, config.temperature, config.top_k)

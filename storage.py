@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -61,10 +62,11 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path}: {error}") from None
 
 
-def write_tensors(path: Path, names: Iterable[str], read: Callable[[str], torch.Tensor]):
+def write_tensors(path: Path, names: Iterable[str], read: Callable[[str], torch.Tensor]) -> dict[str, int]:
     """Write a safetensors file holding one tensor in memory at a time; the library's own writer holds them all.
 
     Format: 8 bytes length of the header, the header (JSON: dtype, shape and place of each tensor), the bytes.
+    Returns how many numbers each tensor has.
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name in sorted(names):  # one order, so equal tensors make equal files
@@ -73,12 +75,14 @@ def write_tensors(path: Path, names: Iterable[str], read: Callable[[str], torch.
         header[name] = {
             "dtype": SAFETENSORS_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end],
         }  # fmt: skip
+    sizes = {name: math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in list(header)[1:]:
+        for name in sizes:
             file.write(read(name).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sizes
 
 
 class TensorFiles(Mapping):
@@ -99,6 +103,10 @@ class TensorFiles(Mapping):
                 f"{single}: not found{found}; save it with transformers: "
                 "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
             )
+
+    def sha256(self) -> dict[str, str]:
+        """Of each file, by its name."""
+        return {file.name: sha256_of(file) for file in sorted(set(self.files.values()))}
 
     @staticmethod
     def open(path: Path):
@@ -156,16 +164,21 @@ class FormatError(UserError):
 def check_sizes(path: Path) -> dict:
     """The files that a manifest lists. Raises UserError unless each is there in its size."""
     manifest = read_json(path / "manifest.json")
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise UserError(f"{path}/manifest.json: lists no files; the checkpoint is damaged")
-    if manifest.get("format") != FORMAT:
-        raise FormatError(f"{path} has format {manifest.get('format')}, this code reads format {FORMAT}; update one")
-    for name, (size, _) in manifest["files"].items():
+    try:
+        found_format, files = (
+            manifest["format"],
+            {name: (size, sha256) for name, (size, sha256) in manifest["files"].items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{path}/manifest.json: not a list of files; the checkpoint is damaged") from None
+    if found_format != FORMAT:
+        raise FormatError(f"{path} has format {found_format}, this code reads format {FORMAT}; update one of them")
+    for name, (size, _) in files.items():
         file = path / name
         found = file.stat().st_size if file.is_file() else "no file"
         if found != size:
             raise UserError(f"{file}: found {found}, expected {size} bytes; the checkpoint is damaged")
-    return manifest["files"]
+    return files
 
 
 def verify(path: Path):

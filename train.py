@@ -2,11 +2,11 @@
 
     python train.py config/demo.toml --out_dir=out/mine --max_steps=100    # minutes on a laptop's CPU
     python train.py config/demo.toml --out_dir=out/mine --max_steps=100 --resume
-    torchrun --standalone --nproc_per_node=8 train.py config/gpt2.toml      # all GPUs of a machine
-    python train.py config/demo.toml --init_from=out/mine --eval_only      # its validation loss, once
+    torchrun --standalone --nproc_per_node=4 train.py config/demo.toml --out_dir=out/mine --micro_batch=8
+    python train.py --init_from=out/mine --data_dir=data/demo --eval_only  # its validation loss, once
 
-It leaves checkpoints (out_dir/step-*/, see checkpoint.py) and out_dir/metrics.jsonl. A step is one update of
-the weights: max_steps are made, and the weights after the last one are evaluated and saved.
+It leaves checkpoints (out_dir/step-*/) and out_dir/metrics.jsonl. A step is one update of the weights: max_steps are
+made, and the weights after the last one are evaluated and saved.
 """
 
 import contextlib
@@ -80,21 +80,21 @@ class TrainConfig:
     deterministic: bool = False  # GPU: the same bits again, slower; on a CPU they are the same anyway
 
     def __post_init__(self):
-        least = {
-            "tokens_per_step": 1, "max_steps": 1, "warmup_steps": 0, "seed": 0, "micro_batch": 1, "eval_interval": 1,
-            "save_interval": 1, "keep_checkpoints": 1, "log_interval": 1, "lr": 0, "min_lr": 0, "grad_clip": 0,
-            "weight_decay": 0,
+        counts = "tokens_per_step max_steps micro_batch eval_interval save_interval keep_checkpoints log_interval"
+        bounds = dict.fromkeys(counts.split(), (1, math.inf)) | {
+            "warmup_steps": (0, self.max_steps), "lr": (0, 1e6), "min_lr": (0, self.lr), "seed": (0, 2**32 - 1),
+            "beta1": (0, 0.999999), "beta2": (0, 0.999999), "grad_clip": (0, 1e6), "weight_decay": (0, 1e6),
         }  # fmt: skip
-        for key, bound in least.items():
-            if getattr(self, key) < bound:
-                raise UserError(f"{key} is {getattr(self, key)}, expected at least {bound}")
-        if self.warmup_steps > self.max_steps:
-            raise UserError(f"warmup_steps {self.warmup_steps} > max_steps {self.max_steps}; lower warmup_steps")
+        for key, (least, most) in bounds.items():
+            if not least <= getattr(self, key) <= most:  # written so that nan is out of bounds too
+                raise UserError(f"{key} is {getattr(self, key)}, expected {least} to {most}")
+        if self.eval_only and self.init_from == "scratch":
+            raise UserError("eval_only needs a model: --init_from=CHECKPOINT_OR_RUN_DIRECTORY")
 
 
 MODEL_KEYS = [field.name for field in fields(GPTConfig)]
 FREE_TO_CHANGE = {  # settings that a resumed run may have otherwise than before
-    "out_dir", "data_dir", "init_from", "resume", "override", "eval_only", "micro_batch", "eval_interval",
+    "out_dir", "data_dir", "resume", "override", "eval_only", "micro_batch", "eval_interval",
     "save_interval", "keep_checkpoints", "log_interval", "device", "compile", "deterministic",
 }  # fmt: skip
 
@@ -118,7 +118,7 @@ def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast,
     Each process takes its share of the windows; each gets all results. None if a signal asks to stop
     and it may_stop.
     """
-    rank, world_size = machine.start_processes()
+    rank, world_size = machine.rank_and_world_size()
     T = model.config.block_size
     starts = data.val_starts(len(tokens), T)
     losses = torch.zeros(len(starts), dtype=torch.float64)
@@ -141,13 +141,8 @@ def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast,
     return losses.cpu().numpy()
 
 
-def mean_and_error(losses: np.ndarray) -> tuple[float, float]:
-    """Mean and its standard error, which is 0 for a single window."""
-    return float(losses.mean()), float(losses.std(ddof=1) / math.sqrt(len(losses))) if len(losses) > 1 else 0.0
-
-
-def build_model(config: TrainConfig, dtype: torch.dtype) -> tuple[GPT, dict]:
-    """The model to start from, on the CPU, and its lineage: fresh weights from the seed, or init_from's."""
+def build_model(config: TrainConfig, meta: dict, dtype: torch.dtype) -> tuple[GPT, dict]:
+    """The model to start from, on the CPU, and where it comes from: fresh weights of the seed, or init_from's."""
     asked = {key: value for key in MODEL_KEYS if (value := getattr(config, key)) is not None}
     if config.init_from == "scratch":
         try:
@@ -156,13 +151,13 @@ def build_model(config: TrainConfig, dtype: torch.dtype) -> tuple[GPT, dict]:
         except ValueError as error:
             raise UserError(str(error)) from None
     path = storage.resolve(config.init_from)
-    found = asdict(checkpoint.read_config(path)) | {"dropout": config.dropout}
+    checkpoint.check_tokenizer(path, meta)
+    model = checkpoint.load_model(path, dtype, config.dropout)
+    found = asdict(model.config)
     differ = [f"{key}: checkpoint {found[key]}, settings {asked[key]}" for key in asked if found[key] != asked[key]]
     if differ:
         raise UserError(f"{path} is not the model asked for: {'; '.join(differ)}")
-    model = GPT(GPTConfig(**found)).to(dtype)
-    checkpoint.load_weights(path, model)
-    return model, checkpoint.read_lineage(path)
+    return model, checkpoint.provenance(path)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -182,7 +177,7 @@ def train(config: TrainConfig) -> Path | None:
 def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None:
     """`train`, with a stack for what has to be closed however it ends."""
     # ---- machine
-    rank, world_size = machine.start_processes()
+    rank, world_size = machine.rank_and_world_size()
     say = tqdm.write if rank == 0 else lambda _: None  # tqdm's write leaves the progress bar whole
     device = machine.pick_device(config.device)
     if config.deterministic:
@@ -193,25 +188,27 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
     autocast = torch.autocast(device.type, dtype) if mixed else contextlib.nullcontext()
 
     # ---- model and data
-    meta = data.read_meta(config.data_dir)
-    model, lineage = build_model(config, torch.float64 if dtype == torch.float64 else torch.float32)
+    meta = machine.on_rank_0(data.verify, config.data_dir)
+    model, lineage = build_model(config, meta, torch.float64 if dtype == torch.float64 else torch.float32)
     model.to(device)
     if compiled:
-        model.compile()  # in place: the parameters keep their names
+        torch.compiler.reset()  # an earlier model of a recipe must not use up the limit of recompilations
+        model.compile(dynamic=False)  # in place: the parameters keep their names
     T = model.config.block_size
     val_tokens = data.open_tokens(config.data_dir, "val", T, model.config.vocab_size)
     if config.eval_only:
         losses = evaluate(model, val_tokens, config.micro_batch, device, autocast)
-        mean, error = mean_and_error(losses)
+        mean, error = data.mean_and_error(losses)
         say(f"{config.init_from}: val loss {mean!r} ± {error:.4f} nats ({len(losses)} windows of {T} tokens)")
         return None
     train_tokens = data.open_tokens(config.data_dir, "train", T, model.config.vocab_size)
     micro_tokens = config.micro_batch * T * world_size
     if config.tokens_per_step % micro_tokens:
-        nearest = max(1, round(config.tokens_per_step / micro_tokens)) * micro_tokens
+        fitting = [b for b in range(config.micro_batch, 0, -1) if config.tokens_per_step % (b * T * world_size) == 0]
+        remedy = f"--micro_batch={fitting[0]} divides it" if fitting else "change tokens_per_step"
         raise UserError(
             f"tokens_per_step {config.tokens_per_step} is not divisible by micro_batch {config.micro_batch} x "
-            f"block_size {T} x {world_size} process(es) = {micro_tokens}; the nearest that is: {nearest}"
+            f"block_size {T} x {world_size} process(es) = {micro_tokens}; {remedy}"
         )
     accumulation = config.tokens_per_step // micro_tokens
 
@@ -224,17 +221,21 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
 
     # ---- resume
     out_dir = Path(config.out_dir)
+    settings = asdict(config) | asdict(model.config) | {
+        "dtype": str(dtype), "data": data.fingerprint(meta), "init_from": checkpoint.origin(lineage),
+    }  # fmt: skip
     start_step, evaluated_at, best = 0, None, {"loss": math.inf, "step": None}
     machine.on_rank_0(lambda: until_the_end.enter_context(storage.lock(out_dir)))
     resume_from = machine.on_rank_0(checkpoint.to_resume, out_dir, config.resume)
     if resume_from:
-        state = checkpoint.load_training(resume_from, model, optimizer)
-        free = FREE_TO_CHANGE | set(config.override.split(","))
-        checkpoint.check_same(asdict(config), state["config"], free, resume_from)
-        checkpoint.check_same({"data": data.fingerprint(meta)}, {"data": state["data"]}, free, resume_from)
+        state = checkpoint.read_state(resume_from)
+        checkpoint.check_same(
+            settings, state["settings"], FREE_TO_CHANGE | set(config.override.split(",")), resume_from
+        )
+        checkpoint.load_training(resume_from, model, optimizer)
         start_step, evaluated_at, best = state["step"], state["evaluated_at"], state["best"]
-        lineage = checkpoint.read_lineage(resume_from)
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
         if start_step == config.max_steps:
             say(f"{resume_from}: already at step {start_step} of {config.max_steps}")
             return resume_from
@@ -243,9 +244,8 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
     metrics = open(out_dir / "metrics.jsonl" if rank == 0 else os.devnull, "a", buffering=1)  # noqa: SIM115
     until_the_end.enter_context(metrics)
     made_by = machine.versions(device) | {"processes": world_size}
-    parallel = model
-    if world_size > 1:
-        parallel = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    gpu = [device.index] if device.type == "cuda" else None
+    parallel = DistributedDataParallel(model, device_ids=gpu) if world_size > 1 else model
 
     flops, total_tokens = model.config.flops_per_token(), config.max_steps * config.tokens_per_step
     say(
@@ -259,28 +259,27 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
 
     # ---- loop: `step` counts the updates made so far
     model.train()
-    shown = None if rank == 0 else True  # tqdm's words for: in a terminal, and: not
-    progress = until_the_end.enter_context(tqdm(total=config.max_steps, initial=start_step, unit="step", disable=shown))
+    progress = tqdm(total=config.max_steps, initial=start_step, unit="step", disable=None if rank == 0 else True)
+    until_the_end.enter_context(progress)
     logged_step, training_s = start_step, 0.0
     for step in itertools.count(start_step):
-        last, tokens = step == config.max_steps, step * config.tokens_per_step
+        last = step == config.max_steps
+        tokens = step * config.tokens_per_step
         if (step % config.eval_interval == 0 or last) and evaluated_at != step:
             data.read_meta(config.data_dir)  # still the files that the run began with?
             losses = evaluate(model, val_tokens, config.micro_batch, device, autocast, may_stop=not last)
             if losses is not None:
-                val_loss, val_error = mean_and_error(losses)
-                if val_loss < best["loss"]:
-                    best = {"loss": val_loss, "step": step}
-                line = {"step": step, "tokens": tokens, "val_loss": val_loss, "val_se": val_error}
-                print(json.dumps(line), file=metrics)
-                say(f"  step {step:>6,} of {config.max_steps:,}: val loss {val_loss:.4f} ± {val_error:.4f}")
+                val_loss, error = data.mean_and_error(losses)
+                best = min(best, {"loss": val_loss, "step": step}, key=lambda evaluation: evaluation["loss"])
+                print(json.dumps({"step": step, "tokens": tokens, "val_loss": val_loss, "val_se": error}), file=metrics)
+                say(f"  step {step:>6,} of {config.max_steps:,}: val loss {val_loss:.4f} ± {error:.4f}")
                 evaluated_at = step
         stop = machine.stop_requested(device)
         if (step % config.save_interval == 0 or last or stop) and step > start_step:
             state = {
                 "format": storage.FORMAT, "step": step, "tokens": tokens, "flops": tokens * flops,
                 "evaluated_at": evaluated_at, "best": best, "scaler": scaler.state_dict(),
-                "config": asdict(config), "data": data.fingerprint(meta), "versions": made_by,
+                "settings": settings, "versions": made_by,
             }  # fmt: skip
             files = {"trainer_state.json": state} | ({"lineage.json": lineage} if lineage else {})
             if evaluated_at == step:
@@ -314,7 +313,8 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
             train_loss = train_loss + loss.detach()
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        if not grad_norm.isfinite() and not scaler.is_enabled():  # a scaler skips such a step and tries a smaller scale
+        finite = bool(grad_norm.isfinite())
+        if not finite and not (scaler.is_enabled() and scaler.get_scale() > 1):  # a scaler tries a smaller scale first
             kept = ([resume_from] if resume_from else []) + storage.steps(out_dir)
             raise UserError(
                 f"step {step}: non-finite gradient norm ({grad_norm.item()}), so the update was not made; "
@@ -332,7 +332,8 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
                 dist.all_reduce(train_loss)
             line = {
                 "step": step + 1, "tokens": tokens + config.tokens_per_step,
-                "train_loss": train_loss.item() / world_size, "lr": rate, "grad_norm": grad_norm.item(),
+                "train_loss": train_loss.item() / world_size, "lr": rate,
+                "grad_norm": grad_norm.item() if finite else None,
                 "tokens_per_s": round((step + 1 - logged_step) * config.tokens_per_step / training_s),
             }  # fmt: skip
             print(json.dumps(line), file=metrics)
@@ -343,11 +344,7 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
 def main():
     machine.watch_signals()
     config = configurator.load(TrainConfig)
-    try:
-        train(config)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    train(config)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 import configurator
 from model import GPT, GPTConfig
@@ -26,6 +27,8 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
 }
 torch.set_num_threads(1)
+settings.register_profile("real", deadline=None)
+settings.load_profile("real")
 
 
 def options(**settings) -> list[str]:

@@ -54,7 +54,7 @@ def test_planted_directions_are_counted(r):
     assert of(matrix, approximate_rank, 0.5) == math.ceil(r / 2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(T=st.integers(2, 48), sharpness=st.floats(0, 12), seed=st.integers(0, 10**6), tau=st.floats(0.05, 1.0))
 def test_rank_equals_the_plain_svd_and_never_exceeds_the_columns(T, sharpness, seed, tau):
     attention = random_attention(T, sharpness, seed)
@@ -92,7 +92,14 @@ def test_attention_that_is_not_finite_is_an_error_that_names_layer_and_head():
 def test_the_command_leaves_a_table_a_figure_and_numbers_that_follow_from_the_matrices(
     reference, data_dir, tmp_path, capsys
 ):
-    arguments = [reference, f"--data_dir={data_dir}", "--sequences=6", "--micro_batch=4", f"--out={tmp_path / 'a'}"]
+    arguments = [
+        reference,
+        f"--data_dir={data_dir}",
+        "--sequences=6",
+        "--micro_batch=4",
+        f"--out={tmp_path / 'a'}",
+        "--device=cpu",
+    ]
     assert call_script(analyze_attention, *arguments, "--lazy_below=1e9") == 0
     printed = capsys.readouterr().out
     assert printed.count("lazy") >= 5 and "4 of 4 layers are lazy" in printed
@@ -124,7 +131,19 @@ def test_the_lazy_tail_is_what_the_last_layers_have_in_common():
     assert [tail(0, 0, 0), tail(0, 1, 0), tail(0, 0, 1), tail(0, 1, 1), tail(1, 1)] == [3, 3, 2, 1, 1]
 
 
-@pytest.mark.parametrize("wrong", ["--seq_len=33", "--seq_len=1", "--sequences=0", "--tau=0", "--tau=1.1"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--seq_len=33",
+        "--seq_len=1",
+        "--sequences=0",
+        "--tau=0",
+        "--tau=1.1",
+        "--micro_batch=0",
+        "--micro_batch=-1",
+        "--lazy_below=nan",
+    ],
+)
 def test_an_impossible_setting_is_one_line(reference, data_dir, tmp_path, capsys, wrong):
     arguments = [reference, f"--data_dir={data_dir}", f"--out={tmp_path / 'a'}", wrong]
     assert call_script(analyze_attention, *arguments) == 2

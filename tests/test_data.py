@@ -113,7 +113,7 @@ def test_the_embedded_corpus_needs_nothing_but_python(tmp_path):
         (["files", "README.md"], ".md"),
         (["files", "CORPUS", "--text_column=body"], "no column 'body'"),
         (["files", "CORPUS", "--tokenizer=gpt7"], "unknown tokenizer 'gpt7'"),
-        (["files", "CORPUS", "--val_fraction=1.5"], "val_fraction 1.5"),
+        (["files", "CORPUS", "--val_fraction=1.5"], "val_fraction is 1.5"),
         (["books"], "books"),
         (["python", "--tokeniser=gpt2"], "did you mean 'tokenizer'"),
     ],
@@ -138,6 +138,12 @@ def test_one_document_cannot_be_split_and_the_remedy_is_named(tmp_path, capsys):
 # ---- token files
 
 
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+
+
 def damage(tmp_path, data_dir, change) -> object:
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -157,13 +163,16 @@ def damage(tmp_path, data_dir, change) -> object:
         (lambda d: (d / "train.bin").write_bytes((d / "train.bin").read_bytes() + b"ab"), "expected"),
         (
             lambda d: (d / "meta.json").write_text((d / "meta.json").read_text().replace('"format": 1', '"format": 9')),
-            "9",
+            "not of format 1",
         ),
+        (lambda d: (d / "meta.json").write_text("[]"), "not of format 1"),
+        (lambda d: flip(d / "train.bin"), "train.bin: sha256 mismatch"),
+        (lambda d: flip(d / "val.bin"), "val.bin: sha256 mismatch"),
     ],
 )
 def test_a_damaged_data_directory_is_refused(tmp_path, data_dir, change, words):
     with pytest.raises(UserError, match=words):
-        data.read_meta(damage(tmp_path, data_dir, change))
+        data.verify(damage(tmp_path, data_dir, change))
 
 
 def test_tokens_that_do_not_fit_the_model_are_refused(data_dir):

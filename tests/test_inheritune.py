@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import report
 import storage
 from configurator import UserError
 
+TOLERANCE = -0.2
 PRESET = """
 n_layer = 4
 
@@ -40,14 +42,32 @@ def preset(tmp_path, tolerance):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, data_dir):
-    """A recipe whose reference cannot be matched at once: a tolerance of -0.1 nats demands to be better."""
+    """A recipe whose tolerance demands to be better by more than any target is, so that it goes through all rounds."""
     tmp_path = tmp_path_factory.mktemp("recipe")
-    arguments = [*preset(tmp_path, -0.1), f"--data_dir={data_dir}"]
+    arguments = [*preset(tmp_path, TOLERANCE), f"--data_dir={data_dir}"]
     assert call_script(inheritune, *arguments) == 0
     return tmp_path / "out", arguments
 
 
-def test_rounds_expand_until_the_target_matches_and_arms_have_its_size(finished):
+def test_rounds_go_on_until_one_matches_and_arms_have_its_size(tmp_path, data_dir, monkeypatch):
+    """The difference is set here (it has no reason to fall with k in so few steps); all else is real."""
+    by_layers = {1: (0.3, 0.1), 2: (0.2, 0.3), 3: (-0.01, 0.1)}
+
+    def difference(path, _):
+        return by_layers[checkpoint.read_config(path).n_layer]
+
+    monkeypatch.setattr(inheritune, "paired_difference", difference)
+    arguments = [*preset(tmp_path, 0.0), f"--data_dir={data_dir}", "--max_steps=4"]
+    assert call_script(inheritune, *arguments) == 0
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    roles = [
+        (model["role"], int(checkpoint.read_config(tmp_path / "out" / model["path"]).n_layer))
+        for model in recipe["models"]
+    ]
+    assert roles == [("reference", 4), ("round", 1), ("round", 2), ("target", 3), ("arm", 3), ("arm", 3)]
+
+
+def test_without_a_match_the_rounds_end_at_the_reference_s_size(finished):
     out_dir, _ = finished
     recipe = json.loads((out_dir / "recipe.json").read_text())
     roles = [model["role"] for model in recipe["models"]]
@@ -60,7 +80,8 @@ def test_rounds_expand_until_the_target_matches_and_arms_have_its_size(finished)
     differences = [
         report.paired_difference(out_dir / m["path"], reference)[0] for m in recipe["models"][1 : n_rounds + 1]
     ]
-    assert all(d > -0.1 for d in differences[:-1]) and (differences[-1] <= -0.1 or k == 4)
+    assert all(d > TOLERANCE for d in differences) and k == 4
+    assert "*A smaller inherited model matches the reference*: no." in (out_dir / "report.md").read_text()
 
 
 def test_each_round_starts_from_the_reference_s_first_layers(finished):
@@ -91,7 +112,8 @@ def test_the_report_has_every_model_with_numbers_that_follow_from_the_runs(finis
         assert cells[5] == f"{last['val_loss']:.4f} ± {last['val_se']:.4f}"
         steps = {"reference": 20, "round": 40, "target": 40}.get(model["role"], 40 if "twice" in model["name"] else 20)
         assert cells[3] == f"{steps * 256 / 1e6:.2f} M"
-    for figure in ("loss.png", "rank.png", "attention/reference/attention.png", "attention/target/attention.png"):
+    target = next(model["path"] for model in recipe["models"] if model["role"] == "target").split("/")[0]
+    for figure in ("loss.png", "rank.png", "reference/attention/attention.png", f"{target}/attention/attention.png"):
         assert figure in text and (out_dir / figure).read_bytes().startswith(b"\x89PNG")
     assert "Deep layers are lazy" in text and "matches the reference" in text
 
@@ -106,7 +128,7 @@ def test_a_finished_recipe_trains_nothing_again(finished, capsys):
 
 def test_a_recipe_that_was_killed_goes_on_and_ends_at_the_same_weights(finished, tmp_path, data_dir, monkeypatch):
     """Killed in the reference, then in the first round, then left alone."""
-    arguments = [*preset(tmp_path, -0.1), f"--data_dir={data_dir}"]
+    arguments = [*preset(tmp_path, TOLERANCE), f"--data_dir={data_dir}"]
     save, saved = checkpoint.save, []
 
     def killed(path, *rest):
@@ -135,7 +157,11 @@ def test_the_recipe_works_under_torchrun(tmp_path, data_dir):
     "wrong,words",
     [
         (["--start_layers=5"], "start_layers is 5, expected 1 to 4"),
-        (["--expand_by=0"], "expand_by 0"),
+        (["--expand_by=0"], "expand_by is 0, expected 1 to 4"),
+        (["--start_layers=0"], "start_layers is 0"),
+        (["--sequences=0"], "sequences is 0"),
+        (["--tolerance=nan"], "tolerance is nan"),
+        (["--init_from=gpt2"], "init_from and eval_only are for train.py"),
         (["--expnd_by=1"], "did you mean 'expand_by'"),
         (["--data_dir=nowhere"], "data directory nowhere does not exist"),
     ],
@@ -144,6 +170,45 @@ def test_a_mistake_is_one_line(finished, capsys, wrong, words):
     assert call_script(inheritune, *finished[1], *wrong) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arms,words",
+    [
+        (["random", "Random!"], "a name of its own"),
+        (["!!"], "a name of its own"),
+        (["random", "random"], "a name of its own"),
+    ],
+)
+def test_arms_cannot_share_a_directory(arms, words):
+    with pytest.raises(UserError, match=words):
+        inheritune.RecipeConfig(arms=[inheritune.Arm(name) for name in arms])
+
+
+def test_an_arm_of_any_name_is_never_the_target_itself():
+    assert inheritune.Arm("inherited").directory(4) == "arm-inherited-4"
+
+
+def test_another_target_is_analyzed_and_not_the_old_analysis_shown(finished, tmp_path):
+    out_dir = shutil.copytree(finished[0], tmp_path / "out")
+    assert call_script(inheritune, *finished[1], f"--out_dir={out_dir}", "--tolerance=10", "--sequences=2") == 0
+    recipe = json.loads((out_dir / "recipe.json").read_text())
+    target = next(model for model in recipe["models"] if model["role"] == "target")
+    assert target["path"].startswith("inherited-1/") and recipe["tolerance"] == 10
+    found = json.loads((out_dir / "inherited-1" / "attention" / "attention.json").read_text())
+    assert found["sequences"] == 2 and len(found["layers"]) == 1
+    reference = json.loads((out_dir / "reference" / "attention" / "attention.json").read_text())
+    assert reference["sequences"] == 2  # measured again with the new setting
+
+
+def test_what_another_reference_left_is_never_taken_for_this_one_s(finished, tmp_path, capsys):
+    out_dir = shutil.copytree(finished[0], tmp_path / "out")
+    shutil.rmtree(out_dir / "reference")
+    assert call_script(inheritune, *finished[1], f"--out_dir={out_dir}", "--seed=7") == 2
+    assert "inherited-1/init was inherited from another reference" in capsys.readouterr().err
+    shutil.rmtree(out_dir / "inherited-1" / "init")
+    assert call_script(inheritune, *finished[1], f"--out_dir={out_dir}", "--seed=7") == 2
+    assert "cannot resume" in capsys.readouterr().err
 
 
 def test_a_report_without_a_recipe_is_one_line(tmp_path, capsys):

@@ -1,13 +1,17 @@
 """train.py: resumed equals straight, many processes equal one, and every mistake is one line."""
 
+import hashlib
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, call_script, options, read_metrics, run_script
+from conftest import ROOT, TINY, call_script, options, read_metrics, run_script
 from safetensors.torch import load_file
 
 import checkpoint
@@ -77,10 +81,9 @@ def test_a_resume_that_forgets_a_part_of_the_optimizer_would_be_seen(straight, d
     load = checkpoint.load_training
 
     def forget(path, model, optimizer):
-        state = load(path, model, optimizer)
+        load(path, model, optimizer)
         for moments in optimizer.state.values():
             moments[lost].zero_()
-        return state
 
     monkeypatch.setattr(checkpoint, "load_training", forget)
     assert not equal(run(data_dir, stop_at_10(straight, tmp_path), dropout=0.1, resume=True), straight[1])
@@ -193,7 +196,9 @@ def test_weights_of_a_checkpoint_start_a_run_of_their_own(reference, data_dir, t
 
 
 def test_eval_only_prints_the_loss_and_writes_nothing(reference, data_dir, tmp_path, capsys):
-    arguments = options(init_from=reference, data_dir=data_dir, out_dir=tmp_path / "none", dtype="float32")
+    arguments = options(
+        init_from=reference, data_dir=data_dir, out_dir=tmp_path / "none", dtype="float32", device="cpu"
+    )
     assert call_script(train, *arguments, "--eval_only") == 0
     theirs = [line["val_loss"] for line in read_metrics(reference) if "val_loss" in line]
     assert f"val loss {theirs[-1]!r} ±" in capsys.readouterr().out and not (tmp_path / "none").exists()
@@ -249,13 +254,20 @@ def test_a_compiled_run_equals_an_eager_one_and_its_names_are_clean(data_dir, tm
         (["--n_head=3"], "n_embd 32 is not divisible by n_head 3"),
         (["--tokens_per_step=1000"], "tokens_per_step 1000 is not divisible by micro_batch 4 x block_size 32 x 1"),
         (["--data_dir=nowhere"], "data directory nowhere does not exist"),
-        (["--warmup_steps=21"], "warmup_steps 21 > max_steps 20"),
-        (["--max_steps=0"], "max_steps is 0, expected at least 1"),
+        (["--warmup_steps=21"], "warmup_steps is 21, expected 0 to 20"),
+        (["--beta1=1.5"], "beta1 is 1.5"),
+        (["--lr=nan"], "lr is nan"),
+        (["--seed=5000000000"], "seed is 5000000000"),
+        (["--dropout=2"], "dropout is 2.0"),
+        (["--device=meta"], "device 'meta'"),
+        (["--eval_only"], "eval_only needs a model"),
+        (["--max_steps=0"], "max_steps is 0, expected 1 to"),
         (["--vocab_size=100"], "largest token id 256 >= vocab_size 100"),
         (["--block_size=1000000", "--tokens_per_step=4000000"], "needs at least 1000001"),
         (["--init_from=no/such/model"], "no/such/model does not exist"),
         (["--device=tpu"], "device 'tpu'"),
         (["--resume"], "no usable checkpoint"),
+        (["--micro_batch=16"], "--micro_batch=8 divides it"),
         (["nowhere.toml"], "nowhere.toml"),
         (["--out_dir=/dev/null/x"], "/dev/null/x cannot be written: Not a directory"),
     ],
@@ -288,7 +300,14 @@ def test_other_data_cannot_be_resumed_with(straight, data_dir, tmp_path):
     meta = json.loads((copy / "meta.json").read_text())
     meta["splits"]["train"]["sha256"] = "0" * 64
     (copy / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match="holds other tokens"):
+    with pytest.raises(UserError, match="sha256 mismatch"):  # what meta.json says is not believed
+        run(copy, stop_at_10(straight, tmp_path), dropout=0.1, resume=True)
+    content = bytearray((copy / "train.bin").read_bytes())
+    content[0] ^= 1
+    (copy / "train.bin").write_bytes(content)
+    meta["splits"]["train"]["sha256"] = hashlib.sha256(content).hexdigest()
+    (copy / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="data: .*--override=data"):
         run(copy, stop_at_10(straight, tmp_path), dropout=0.1, resume=True)
 
 
@@ -305,6 +324,62 @@ def test_weights_without_training_state_are_no_run_to_resume(reference, data_dir
         run(data_dir, tmp_path / "run", resume=True, scale_attn_by_inverse_layer_idx=True)
 
 
+def test_a_resumed_run_must_have_begun_from_the_same_weights(reference, data_dir, tmp_path):
+    """Not from the same path: a run may be moved."""
+    import inherit
+
+    changes = {"n_layer": 2, "scale_attn_by_inverse_layer_idx": True, "max_steps": 4, "save_interval": 2}
+    first, second = (inherit.inherit(reference, layers, tmp_path / layers) for layers in ("0:2", "1:3"))
+    run(data_dir, tmp_path / "run", init_from=str(first), **changes)
+    storage.discard(tmp_path / "run" / "step-00000004")
+    for other in ("scratch", str(second)):
+        with pytest.raises(UserError, match="cannot resume .*init_from: "):
+            run(data_dir, tmp_path / "run", resume=True, init_from=other, **changes)
+    first.rename(tmp_path / "moved")
+    assert run(data_dir, tmp_path / "run", resume=True, init_from=str(tmp_path / "moved"), **changes).exists()
+
+
+def test_the_cost_of_all_that_came_before_is_counted(reference, data_dir, tmp_path):
+    import inherit
+
+    shape = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"))
+    longer = run(data_dir, tmp_path / "longer", init_from=str(reference), max_steps=6, **shape)
+    half = inherit.inherit(longer, "0:2", tmp_path / "half")
+    quarter = inherit.inherit(half, "0:1", tmp_path / "quarter")  # nothing was spent in between
+    last = run(data_dir, tmp_path / "last", init_from=str(quarter), max_steps=3, **shape)
+    assert checkpoint.cost(last)["tokens"] == (20 + 6 + 3) * 256
+    assert checkpoint.cost(quarter) == checkpoint.cost(half) == checkpoint.cost(longer)
+
+
+def test_a_model_made_for_other_tokens_is_refused(reference, data_dir, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(storage.latest(reference), copy)
+    (copy / "manifest.json").unlink()
+    (copy / "config.json").write_text((copy / "config.json").read_text().replace('"bytes"', '"gpt2"'))
+    with pytest.raises(UserError, match="reads tokens of 'gpt2', the data are of 'bytes'"):
+        run(data_dir, tmp_path / "run", init_from=str(copy))
+
+
+def test_a_machine_without_git_can_train(data_dir, tmp_path):
+    command = [
+        sys.executable,
+        "train.py",
+        *options(**TINY | {"max_steps": 2}, data_dir=data_dir, out_dir=tmp_path / "run"),
+    ]
+    done = subprocess.run(command, env=os.environ | {"PATH": "/nonexistent"}, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    state = storage.read_json(storage.latest(tmp_path / "run") / "trainer_state.json")
+    assert state["versions"]["commit"] == "unknown"
+
+
+def test_compiling_is_chosen_for_a_gpu_in_a_process_that_imported_nothing_else():
+    code = "import train, torch; print(train.machine.pick_compile('auto', torch.device('cuda')))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "riton" in done.stdout, done.stderr
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run_before_the_update(data_dir, tmp_path, monkeypatch):
     clip = torch.nn.utils.clip_grad_norm_
 
@@ -315,6 +390,6 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_update(data_dir, 
         return clip(parameters, max_norm)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poison)
-    with pytest.raises(UserError, match="step 10: the norm of the gradient is nan") as caught:
+    with pytest.raises(UserError, match="step 10: non-finite gradient norm \\(nan\\)") as caught:
         run(data_dir, tmp_path / "run")
     assert caught.value.exit_code == 1 and storage.latest(tmp_path / "run").name == "step-00000010"

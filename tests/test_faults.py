@@ -1,0 +1,358 @@
+"""What a running process has to survive: kills, signals, full disks, neighbours. Real processes throughout."""
+
+import contextlib
+import errno
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, call_script, options, read_metrics, run_script
+from test_train import distance, equal, losses, run
+
+import checkpoint
+import machine
+import storage
+import train
+from configurator import UserError
+
+
+def start(data_dir, out_dir, *extra, processes=1, **changes) -> subprocess.Popen:
+    """A training run that takes a while, as a process of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    settings = TINY | {"max_steps": 100_000, "save_interval": 50, "eval_interval": 50, "keep_checkpoints": 2} | changes
+    settings |= {"data_dir": data_dir, "out_dir": out_dir, "resume": "auto"}
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), *options(**settings), *extra]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def running(*arguments, **changes):
+    process = start(*arguments, **changes)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+# ---- kills (RELIABILITY 1, 25)
+
+
+def test_kills_at_any_moment_leave_a_run_that_ends_at_the_same_bits(data_dir, tmp_path):
+    """Five SIGKILLs at random moments of a run that saves every step; tests/faults.py does 200."""
+    settings = {"max_steps": 60, "save_interval": 1, "eval_interval": 20, "keep_checkpoints": 2}
+    expected = run(data_dir, tmp_path / "straight", **settings)
+    moments = random.Random(0)
+    for _ in range(5):
+        with running(data_dir, tmp_path / "killed", **settings) as process:
+            wait_for(lambda: process.poll() is not None or storage.steps(tmp_path / "killed"))
+            time.sleep(moments.uniform(0, 0.4))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert equal(run(data_dir, tmp_path / "killed", resume="auto", **settings), expected)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
+    assert not [*(tmp_path / "killed").glob(".tmp-*"), *(tmp_path / "killed").glob(".trash-*")]
+
+
+def test_a_fault_at_every_file_operation_of_a_save_leaves_the_old_checkpoint_and_no_new_one(tmp_path, monkeypatch):
+    """Dies at the 1st, 2nd, ... open, fsync and rename, as if the process were gone: no clean-up runs either."""
+
+    class Gone(BaseException):
+        pass
+
+    from conftest import random_model
+
+    countdown = [0]
+
+    def dying(function):
+        def call(*arguments, **options):
+            countdown[0] -= 1
+            if countdown[0] == 0:
+                monkeypatch.setattr(storage.shutil, "rmtree", lambda *_, **__: None)
+                raise Gone
+            return function(*arguments, **options)
+
+        return call
+
+    checkpoint.save(tmp_path / "step-00000001", random_model(n_layer=1), "bytes", 0)
+    rmtree, survived = shutil.rmtree, 0
+    for name in ("fsync", "rename"):
+        monkeypatch.setattr(storage.os, name, dying(getattr(os, name)))
+    monkeypatch.setattr(storage, "write_json", dying(storage.write_json))
+    monkeypatch.setattr(checkpoint, "write_tensors", dying(checkpoint.write_tensors))
+    for point in range(1, 30):
+        countdown[0] = point
+        try:
+            checkpoint.save(tmp_path / "step-00000002", random_model(n_layer=1), "bytes", 0, files={"x.json": {}})
+        except Gone:
+            survived += 1
+        monkeypatch.setattr(storage.shutil, "rmtree", rmtree)
+        newest = storage.latest(tmp_path)
+        if newest.name == "step-00000002":
+            storage.verify(newest)
+            break
+        assert newest.name == "step-00000001"
+        with storage.lock(tmp_path):  # the next process clears away what is half-written
+            assert {p.name for p in tmp_path.iterdir()} == {"step-00000001", ".lock"}
+    assert newest.name == "step-00000002" and survived >= 7
+
+
+def test_files_reach_the_disk_before_the_manifest_and_the_manifest_before_the_name(tmp_path, monkeypatch):
+    from conftest import random_model
+
+    events = []
+    fsync, rename, write_json = storage.fsync, os.rename, storage.write_json
+    monkeypatch.setattr(storage, "fsync", lambda path: events.append(("fsync", path.name)) or fsync(path))
+    monkeypatch.setattr(storage.os, "rename", lambda a, b: events.append(("rename", b.name)) or rename(a, b))
+    monkeypatch.setattr(storage, "write_json", lambda p, v: events.append(("write", p.name)) or write_json(p, v))
+    checkpoint.save(tmp_path / "step-00000001", random_model(n_layer=1), "bytes", 0)
+    manifest = events.index(("write", "manifest.json"))
+    assert {name for kind, name in events[:manifest] if kind == "fsync"} == {"config.json", "model.safetensors"}
+    partial = f".tmp-step-00000001-{os.getpid()}"
+    expected = [("fsync", "manifest.json"), ("fsync", partial), ("rename", "step-00000001"), ("fsync", tmp_path.name)]
+    assert events[manifest + 1 :] == expected
+
+
+# ---- disks (2, 4, 42)
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_was_there(data_dir, tmp_path):
+    path = run(data_dir, tmp_path / "run", max_steps=10)
+    size = (path / "model.safetensors").stat().st_size
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    settings = TINY | {"data_dir": data_dir, "out_dir": tmp_path / "run", "resume": True, "override": "max_steps"}
+    command = [sys.executable, str(ROOT / "train.py"), *options(**settings)]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    error = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and os.strerror(errno.EFBIG) in error[0] and "step-00000020 was not written" in error[0]
+    assert storage.latest(tmp_path / "run") == path and not list((tmp_path / "run").glob(".tmp-*"))
+
+
+def test_token_files_that_shrink_while_training_end_the_run_in_one_line(data_dir, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(data_dir, copy)
+    with running(copy, tmp_path / "run", save_interval=5, eval_interval=5) as process:
+        wait_for(lambda: storage.steps(tmp_path / "run"))
+        shrunk = (copy / "val.bin").read_bytes()[:-2]
+        (copy / "val.bin.new").write_bytes(shrunk)
+        os.replace(copy / "val.bin.new", copy / "val.bin")
+        error = process.communicate(timeout=30)[1]
+    assert process.returncode == 2 and "val.bin: found" in error and "Traceback" not in error
+
+
+# ---- signals (57, 58, 59)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops_and_the_run_goes_on_to_the_same_bits(data_dir, tmp_path, number):
+    with running(data_dir, tmp_path / "run", save_interval=100_000, eval_interval=100_000) as process:
+        wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(read_metrics(tmp_path / "run")) > 5)
+        process.send_signal(number)
+        error = process.communicate(timeout=30)[1]
+    saved = storage.latest(tmp_path / "run")
+    assert process.returncode == 128 + number
+    assert f"stopped by {number.name}; saved {saved}" in error and "Traceback" not in error and "error:" not in error
+    step = int(saved.name[5:])
+    changes = {"max_steps": step + 5, "override": "max_steps", "lr": 1e-3, "min_lr": 1e-3}  # a constant rate
+    resumed = run(data_dir, tmp_path / "run", resume=True, **changes | {"override": "max_steps,lr,min_lr"})
+    assert int(resumed.name[5:]) == step + 5
+
+
+def test_a_signal_during_an_evaluation_is_heard_there(data_dir, tmp_path, monkeypatch):
+    windows, calls = train.data.windows, []
+
+    def interrupted(tokens, starts, T):
+        calls.append(len(starts))
+        if len(calls) == 15:  # in the first evaluation, which takes more than 50 batches
+            monkeypatch.setattr(machine, "stop_signal", int(signal.SIGTERM))
+        return windows(tokens, starts, T)
+
+    monkeypatch.setattr(train.data, "windows", interrupted)
+    with pytest.raises(UserError, match="stopped by SIGTERM; nothing new to save") as caught:
+        run(data_dir, tmp_path / "run")
+    assert len(calls) == 15 and caught.value.exit_code == 143
+
+
+def test_an_evaluation_that_was_cut_short_is_made_again(data_dir, tmp_path, monkeypatch):
+    straight = run(data_dir, tmp_path / "straight")
+    windows, calls = train.data.windows, []
+
+    def interrupted(tokens, starts, T):
+        calls.append(1)
+        if [line["step"] for line in read_metrics(tmp_path / "run")[-1:]] == [10]:  # the evaluation after step 10
+            monkeypatch.setattr(machine, "stop_signal", int(signal.SIGINT))
+        return windows(tokens, starts, T)
+
+    monkeypatch.setattr(train.data, "windows", interrupted)
+    with pytest.raises(UserError, match="stopped by SIGINT; saved .*step-00000010"):
+        run(data_dir, tmp_path / "run")
+    monkeypatch.undo()
+    assert equal(run(data_dir, tmp_path / "run", resume=True), straight)
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+
+
+def test_the_last_evaluation_is_finished_before_a_stop(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "stop_requested", lambda _: signal.SIGTERM if calls and calls[-1] == 20 else 0)
+    rate, calls = train.learning_rate, []
+    monkeypatch.setattr(train, "learning_rate", lambda config, step: calls.append(step + 1) or rate(config, step))
+    with pytest.raises(UserError, match="stopped by SIGTERM; saved .*step-00000020"):
+        run(data_dir, tmp_path / "run")
+    monkeypatch.undo()
+    assert (storage.latest(tmp_path / "run") / "val_losses.json").exists()
+    assert run(data_dir, tmp_path / "run", resume=True).name == "step-00000020"
+
+
+def test_a_signal_during_a_save_lets_it_finish(data_dir, tmp_path):
+    """A child whose writer sends itself SIGTERM in the middle of a file."""
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import checkpoint, configurator, train
+write = checkpoint.write_tensors
+def interrupted(path, names, read):
+    os.kill(os.getpid(), signal.SIGTERM)
+    write(path, names, read)
+checkpoint.write_tensors = interrupted
+configurator.run(train.main)
+"""
+    settings = options(**TINY, data_dir=data_dir, out_dir=tmp_path / "run")
+    done = subprocess.run([sys.executable, "-c", code, *settings], capture_output=True, text=True, timeout=60)
+    # the optimizer's file brings a second signal, which ends the process at once
+    assert done.returncode == -signal.SIGTERM and storage.latest(tmp_path / "run") is None
+    once = code.replace("    os.kill", "    if path.name == 'model.safetensors' and '00010' in str(path): os.kill")
+    again = [sys.executable, "-c", once, *settings, "--resume=auto"]
+    done = subprocess.run(again, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 143, done.stderr
+    assert [p.name for p in storage.steps(tmp_path / "run")] == ["step-00000010", "step-00000011"]
+    storage.verify(tmp_path / "run" / "step-00000010")
+
+
+def test_sigterm_to_torchrun_saves_one_common_step(data_dir, tmp_path):
+    with running(data_dir, tmp_path / "run", processes=2, micro_batch=2, save_interval=100_000) as process:
+        wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(read_metrics(tmp_path / "run")) > 5)
+        process.send_signal(signal.SIGTERM)
+        t0 = time.monotonic()
+        error = process.communicate(timeout=60)[1]
+    assert time.monotonic() - t0 < 30 and process.returncode != 0
+    saved = storage.steps(tmp_path / "run")
+    assert len(saved) == 1 and f"stopped by SIGTERM; saved {saved[0]}" in error
+    storage.verify(saved[0])
+
+
+# ---- neighbours (60, 61)
+
+
+def test_a_second_process_on_the_same_out_dir_is_refused_until_the_first_is_gone(data_dir, tmp_path):
+    with running(data_dir, tmp_path / "run") as process:
+        wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+        with pytest.raises(UserError, match=f"is in use by process {process.pid} on "):
+            run(data_dir, tmp_path / "run", resume="auto")
+        process.kill()
+        process.wait()
+        settings = {"resume": "auto", "max_steps": 100_000, "override": "max_steps,lr"}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(machine, "stop_signal", int(signal.SIGTERM))
+            with pytest.raises(UserError, match="stopped by SIGTERM"):
+                run(data_dir, tmp_path / "run", **settings)
+
+
+def test_a_rank_that_fails_ends_all_of_them_and_says_why(data_dir, tmp_path):
+    """Rank 1 alone finds a gradient that is not finite: its NaN reaches every rank, and no update is made."""
+    script = tmp_path / "poisoned.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, configurator, data, train
+windows, calls = data.windows, []
+forward = train.GPT.forward
+def poisoned(self, idx, targets=None, reduction="mean"):
+    loss = forward(self, idx, targets, reduction)
+    calls.append(self.training)
+    return loss * float("nan") if os.environ["RANK"] == "1" and sum(calls) == 3 else loss
+train.GPT.forward = poisoned
+configurator.run(train.main)
+""")
+    settings = TINY | {"data_dir": data_dir, "out_dir": tmp_path / "run", "save_interval": 1, "micro_batch": 4}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launcher, script, *options(**settings)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "error: step 2: non-finite gradient norm (nan)" in done.stderr
+    assert "last good checkpoint: " + str(tmp_path / "run" / "step-00000002") in done.stderr
+    assert storage.latest(tmp_path / "run").name == "step-00000002"
+
+
+def test_one_process_goes_on_where_two_stopped_and_back(data_dir, tmp_path):
+    changes = {"dtype": "float64", "micro_batch": 2, "max_steps": 12, "save_interval": 4, "keep_checkpoints": 9}
+    straight = run(data_dir, tmp_path / "straight", **changes)
+    settings = TINY | changes | {"data_dir": data_dir, "out_dir": tmp_path / "run", "resume": "auto"}
+    run(data_dir, tmp_path / "run", **changes)
+    for last in (4, 8):
+        for path in storage.steps(tmp_path / "run"):
+            if int(path.name[5:]) > last:
+                storage.discard(path)
+        if last == 4:  # 1 process to 4, 2 processes to 12
+            done = run_script("train.py", *options(**settings), processes=2)
+            assert done.returncode == 0, done.stderr
+            assert distance(storage.latest(tmp_path / "run"), straight) < 1e-12
+        else:  # 2 processes to 8, 1 process to 12
+            assert distance(run(data_dir, tmp_path / "run", resume=True, **changes), straight) < 1e-12
+
+
+# ---- preparation (44, 49)
+
+
+def test_a_preparation_that_was_killed_is_finished_by_the_next_one_with_the_same_bytes(data_dir, tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_bytes((data_dir.parent / "corpus.jsonl").read_bytes() * 40)
+    command = [sys.executable, str(ROOT / "prepare_data.py"), "files", str(corpus), "--val_fraction=0.1"]
+    assert subprocess.run([*command, f"--out={tmp_path / 'whole'}"], capture_output=True).returncode == 0
+    for seconds in (1.0, 1.4, 1.8):
+        process = subprocess.Popen(
+            [*command, f"--out={tmp_path / 'out'}"], start_new_session=True, stderr=subprocess.DEVNULL
+        )
+        time.sleep(seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if (tmp_path / "out" / "meta.json").exists():  # then all of it is there
+            break
+    assert subprocess.run([*command, f"--out={tmp_path / 'out'}"], capture_output=True).returncode == 0
+    for name in ("train.bin", "val.bin"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_tokenizer_that_cannot_be_reached_names_the_remedy(data_dir, tmp_path):
+    environment = os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "HTTPS_PROXY": "http://127.0.0.1:9"}
+    arguments = ["files", str(data_dir.parent / "corpus.jsonl"), "--tokenizer=gpt2", f"--out={tmp_path / 'out'}"]
+    command = [sys.executable, str(ROOT / "prepare_data.py"), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "TIKTOKEN_CACHE_DIR" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pickle_is_refused_and_its_code_does_not_run(data_dir, tmp_path, capsys):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save(Payload(), tmp_path / "model.pt")
+    assert call_script(train, f"--init_from={tmp_path / 'model.pt'}", f"--data_dir={data_dir}") == 2
+    assert "pickles are not loaded" in capsys.readouterr().err and not (tmp_path / "ran").exists()

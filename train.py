@@ -343,8 +343,7 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
 
 def main():
     machine.watch_signals()
-    config = configurator.load(TrainConfig)
-    train(config)
+    train(configurator.load(TrainConfig))
 
 
 if __name__ == "__main__":

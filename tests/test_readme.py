@@ -31,17 +31,33 @@ def test_the_demo_s_commands_work_in_the_order_of_the_readme(tmp_path):
     assert (tmp_path / "out/demo/report.md").exists()
 
 
-def test_every_option_in_the_readme_exists():
-    text = README + "".join((ROOT / name).read_text() for name in ("Makefile",))
-    known = set("".join(path.read_text() for path in ROOT.glob("*.py")).replace("-", "_").split())
-    for option in set(re.findall(r"--([a-z_]+)(?:=| |$)", text)) - {
-        "standalone",
-        "nproc_per_node",
-        "quiet",
-        "check",
-        "key",
-    }:
-        assert any(word.startswith(f"{option}:") for word in known) or option == "disable", option
+def documented_commands() -> list[tuple[str, str]]:
+    """Every command that the README, a file's docstring or a preset shows: (script, the rest of the line)."""
+    texts = [README, *(path.read_text().split('"""')[1] for path in ROOT.glob("*.py"))]
+    texts += [path.read_text() for path in (ROOT / "config").glob("*.toml")]
+    pattern = r"(?:python|--nproc_per_node=\d+) (\w+)\.py([^\n#]*)"
+    return sorted({(script, rest) for text in texts for script, rest in re.findall(pattern, text)})
+
+
+@pytest.mark.parametrize("script,rest", documented_commands())
+def test_every_option_and_preset_of_a_documented_command_exists(script, rest):
+    module = importlib.import_module(script)
+    known = {
+        field for cls in vars(module).values() if dataclasses.is_dataclass(cls) for field in cls.__dataclass_fields__
+    }
+    assert set(re.findall(r"--(\w+)", rest)) - {"help"} <= known
+    assert all((ROOT / preset).exists() for preset in re.findall(r"config/\w+\.toml", rest))
+
+
+def test_the_torchrun_commands_split_a_step_among_their_processes():
+    found = re.findall(
+        r"--nproc_per_node=(\d+) \w+\.py config/demo.toml([^\n#]*)",
+        README + "".join(p.read_text() for p in ROOT.glob("*.py")),
+    )
+    assert len(found) >= 4
+    for processes, rest in found:
+        micro_batch = int(re.search(r"--micro_batch=(\d+)", rest)[1])
+        assert 4096 % (int(processes) * micro_batch * 128) == 0
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,8 @@ def main():
         raise UserError(f"{out} cannot be made: {error.strerror}") from None
     with multiprocessing.Pool(config.workers, start_worker, (texts, config.tokenizer, dtype)) as pool:
         splits = {name: write_split(out / f"{name}.bin", pool, indices[name]) for name in ("train", "val")}
+        pool.close()
+        pool.join()
     if not all(entry["tokens"] for entry in splits.values()):
         counts = ", ".join(f"{name} {entry['documents']}" for name, entry in splits.items())
         raise UserError(

@@ -315,7 +315,7 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         finite = bool(grad_norm.isfinite())
         if not finite and not (scaler.is_enabled() and scaler.get_scale() > 1):  # a scaler tries a smaller scale first
-            kept = ([resume_from] if resume_from else []) + storage.steps(out_dir)
+            kept = storage.steps(out_dir)
             raise UserError(
                 f"step {step}: non-finite gradient norm ({grad_norm.item()}), so the update was not made; "
                 f"last good checkpoint: {kept[-1] if kept else 'none'}; lower lr or warm up longer",

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,12 +47,15 @@ def run_script(script: str, *arguments: str, processes: int = 1, cwd: Path = ROO
 def call_script(module, *arguments: str) -> int:
     """A script's main as configurator.run ends it, in this process; its exit code."""
     argv, sys.argv = sys.argv, [f"{module.__name__}.py", *map(str, arguments)]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         configurator.run(module.main)
     except SystemExit as stop:
         return stop.code
     finally:
         sys.argv = argv
+        for number, handler in handlers.items():  # a process of its own would have taken them along
+            signal.signal(number, handler)
     return 0
 
 

@@ -74,6 +74,17 @@ def test_the_order_of_heads_and_sequences_does_not_matter():
         assert torch.equal(measure(attention)[1:2], measure(attention[1:2]))
 
 
+@settings(max_examples=20)
+@given(sharpness=st.floats(0, 8), seed=st.integers(0, 10**6))
+def test_one_thread_or_two_find_the_same(sharpness, seed):
+    attention, found = random_attention(40, sharpness, seed), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append([measure(attention).tolist() for measure in (approximate_rank, column_count)])
+    torch.set_num_threads(1)
+    assert found[0] == found[1]
+
+
 def test_half_precision_is_measured_in_float32():
     attention = random_attention(32, 3, 0).bfloat16()
     assert torch.equal(approximate_rank(attention), approximate_rank(attention.float()))

@@ -135,6 +135,58 @@ def test_one_document_cannot_be_split_and_the_remedy_is_named(tmp_path, capsys):
     assert data.read_meta(tmp_path / "out")["splits"]["train"]["documents"] == 2
 
 
+@given(ids=st.lists(st.integers(-5, 70_000), min_size=1, max_size=5))
+def test_an_id_outside_the_dtype_is_refused_and_never_wrapped(ids):
+    class Encoding:
+        eot_token = 1
+
+        def encode_ordinary(self, _):
+            return list(ids)
+
+    prepare_data.worker = ["text"], Encoding(), np.dtype("<u2")
+    if all(0 <= id_ < 2**16 for id_ in ids):
+        assert prepare_data.encode(np.array([0]))[0].tolist() == [*ids, 1]
+    else:
+        with pytest.raises(OverflowError):
+            prepare_data.encode(np.array([0]))
+
+
+def test_odd_documents_are_taken_as_they_are_and_empty_ones_are_skipped():
+    texts = ["", None, "a\0b", "\ud800 alone", "<|endoftext|>", "x" * 1_000_000]
+    prepare_data.start_worker(texts, "bytes", "<u2")
+    ids, n_documents = prepare_data.encode(np.arange(len(texts)))
+    expected = [b"a\0b", "\ufffd alone".encode(), b"<|endoftext|>", b"x" * 1_000_000]
+    assert ids.tolist() == [token for text in expected for token in [*text, 256]] and n_documents == 4
+    prepare_data.start_worker([["no text"]], "bytes", "<u2")
+    with pytest.raises(UserError, match="document 0: found list, expected text"):
+        prepare_data.encode(np.array([0]))
+
+
+def test_an_edited_corpus_is_not_up_to_date(tmp_path, capsys):
+    arguments = ["files", tmp_path / "a.txt", "--sample_by=line", "--val_fraction=0.3", f"--out={tmp_path / 'out'}"]
+    (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
+    assert call_script(prepare_data, *arguments) == 0
+    (tmp_path / "a.txt").write_text("one\ntwo\nthree\nfour\n")
+    assert call_script(prepare_data, *arguments) == 2
+    assert "was prepared with another paths" in capsys.readouterr().err
+
+
+def test_what_is_damaged_is_prepared_again(tmp_path):
+    arguments = ["files", tmp_path / "a.txt", "--sample_by=line", "--val_fraction=0.3", f"--out={tmp_path / 'out'}"]
+    (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
+    assert call_script(prepare_data, *arguments) == 0
+    (tmp_path / "out" / "val.bin").unlink()
+    assert call_script(prepare_data, *arguments) == 0
+    data.verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name,content", [("a.jsonl", ""), ("a.jsonl", "{nonsense"), ("a.parquet", "nonsense")])
+def test_an_unreadable_corpus_is_one_line(tmp_path, capsys, name, content):
+    (tmp_path / name).write_text(content)
+    assert call_script(prepare_data, "files", tmp_path / name, f"--out={tmp_path / 'out'}") == 2
+    assert "error: files: not readable as" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 # ---- token files
 
 

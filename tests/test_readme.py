@@ -1,5 +1,7 @@
 """The README's own commands, run as they stand but smaller; and what it says of the repository."""
 
+import dataclasses
+import importlib
 import re
 import shlex
 
@@ -35,7 +37,7 @@ def documented_commands() -> list[tuple[str, str]]:
     """Every command that the README, a file's docstring or a preset shows: (script, the rest of the line)."""
     texts = [README, *(path.read_text().split('"""')[1] for path in ROOT.glob("*.py"))]
     texts += [path.read_text() for path in (ROOT / "config").glob("*.toml")]
-    pattern = r"(?:python|--nproc_per_node=\d+) (\w+)\.py([^\n#]*)"
+    pattern = r"(?:python|--nproc_per_node=\d+) (\w+)\.py([^\n#`]*)"
     return sorted({(script, rest) for text in texts for script, rest in re.findall(pattern, text)})
 
 
@@ -45,7 +47,7 @@ def test_every_option_and_preset_of_a_documented_command_exists(script, rest):
     known = {
         field for cls in vars(module).values() if dataclasses.is_dataclass(cls) for field in cls.__dataclass_fields__
     }
-    assert set(re.findall(r"--(\w+)", rest)) - {"help"} <= known
+    assert {option.replace("-", "_") for option in re.findall(r"--([\w-]+)", rest)} - {"help"} <= known
     assert all((ROOT / preset).exists() for preset in re.findall(r"config/\w+\.toml", rest))
 
 

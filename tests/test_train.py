@@ -1,5 +1,6 @@
 """train.py: resumed equals straight, many processes equal one, and every mistake is one line."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -134,6 +135,86 @@ def test_two_processes_equal_one(data_dir, tmp_path):
     assert distance(storage.latest(tmp_path / "two"), one) < 1e-12
     for ours, theirs in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert all(math.isclose(ours[key], theirs[key], rel_tol=1e-9) for key in ours)
+
+
+@pytest.mark.parametrize("stops", [(1,), (19,), (3, 4, 11)])
+def test_any_number_of_stops_at_any_step_changes_no_bit(straight, data_dir, tmp_path, stops, monkeypatch):
+    first_batches, train_starts = [], train.data.train_starts
+    for stop in (*stops, 20):
+        steps = []
+        monkeypatch.setattr(train.data, "train_starts", lambda *a, seen=steps: seen.append(a[3]) or train_starts(*a))
+        monkeypatch.setattr(train.machine, "stop_signal", 0)
+        rate = train.learning_rate
+
+        def stopping(config, step, stop=stop, rate=rate):
+            train.machine.stop_signal = 15 if step + 1 == stop < 20 else 0
+            return rate(config, step)
+
+        with monkeypatch.context() as patch, contextlib.suppress(UserError):
+            patch.setattr(train, "learning_rate", stopping)
+            run(data_dir, tmp_path / "run", dropout=0.1, resume="auto", save_interval=100)
+        first_batches.append(steps[0])
+    assert first_batches == [0, *stops]  # each life goes on with the next batch
+    assert equal(storage.latest(tmp_path / "run"), straight[1])
+
+
+def test_ten_losses_are_those_that_were_once_measured(tmp_path):
+    """Golden values, on tokens that depend on no installed text: whatever changes the numbers shows itself here."""
+    folder, random = tmp_path / "data", np.random.RandomState(0)
+    folder.mkdir()
+    splits = {}
+    for split, n in (("train", 4000), ("val", 400)):
+        tokens = (np.arange(n) % 7 * 30 + random.randint(0, 5, n)).astype("<u2")
+        tokens.tofile(folder / f"{split}.bin")
+        sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
+        splits[split] = {"tokens": n, "documents": 1, "max_id": int(tokens.max()), "sha256": sha256}
+    meta = {"format": 1, "tokenizer": "bytes", "eot": 256, "dtype": "<u2", "splits": splits}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    run(folder, tmp_path / "run", max_steps=10, scale_attn_by_inverse_layer_idx=True)
+    found = [line["train_loss"] for line in read_metrics(tmp_path / "run") if "train_loss" in line]
+    assert found == pytest.approx(GOLDEN, abs=1e-5)
+
+
+GOLDEN = [5.573123, 5.394008, 5.03845, 4.718938, 4.417623, 4.149834, 4.124848, 3.890515, 3.834356, 3.836674]
+
+
+@pytest.mark.parametrize("accumulation", [2, 4, 8])
+def test_gradients_do_not_depend_on_accumulation_in_float32(data_dir, accumulation):
+    tokens = train.data.open_tokens(data_dir, "train", 32, 257)
+    x, y = train.data.windows(tokens, train.data.train_starts(len(tokens), 32, 1, 0, 8), 32)
+    torch.manual_seed(0)
+    model = train.GPT(train.GPTConfig(2, 2, 32, 32, 257))
+    gradients = []
+    for parts in (1, accumulation):
+        model.zero_grad()
+        for part in range(parts):
+            (model(x[part::parts], y[part::parts]) / parts).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+
+
+def test_deterministic_asks_torch_for_it(data_dir, tmp_path):
+    try:
+        run(data_dir, tmp_path / "run", max_steps=2, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_warned_about_and_tried_again(data_dir, tmp_path, monkeypatch, capsys):
+    discard, refused = storage.discard, []
+
+    def busy_once(path):
+        if not refused:
+            refused.append(path)
+            raise OSError(16, "Device or resource busy")
+        discard(path)
+
+    monkeypatch.setattr(storage, "discard", busy_once)
+    run(data_dir, tmp_path / "run", save_interval=5, keep_checkpoints=1)
+    assert "warning: " in capsys.readouterr().out and refused[0].name == "step-00000005"
+    assert [path.name for path in storage.steps(tmp_path / "run")] == ["step-00000020"]
 
 
 # ---- what a run leaves
@@ -290,6 +371,28 @@ def test_another_shape_than_init_from_s_is_refused_with_every_difference(referen
 def test_a_setting_that_shapes_the_run_cannot_change_on_resume(straight, data_dir, tmp_path, changes):
     with pytest.raises(UserError, match=f"cannot resume .*{next(iter(changes))}: "):
         run(data_dir, stop_at_10(straight, tmp_path), resume=True, **{"dropout": 0.1} | changes)
+
+
+@pytest.mark.parametrize(
+    "free",
+    [{"micro_batch": 8}, {"eval_interval": 7}, {"log_interval": 3}, {"save_interval": 4}, {"keep_checkpoints": 1}],
+)
+def test_a_setting_that_shapes_nothing_may_change_on_resume(straight, data_dir, tmp_path, free):
+    assert run(data_dir, stop_at_10(straight, tmp_path), resume=True, **{"dropout": 0.1} | free).name == "step-00000020"
+
+
+def test_a_change_that_is_asked_for_is_made(straight, data_dir, tmp_path):
+    path = run(
+        data_dir,
+        stop_at_10(straight, tmp_path),
+        resume=True,
+        dropout=0.1,
+        lr=0.5,
+        max_steps=12,
+        override="lr,max_steps",
+    )
+    assert path.name == "step-00000012" and read_metrics(path.parent)[-1]["step"] == 12
+    assert not equal(path, run(data_dir, tmp_path / "other", max_steps=12, dropout=0.1))
 
 
 def test_other_data_cannot_be_resumed_with(straight, data_dir, tmp_path):

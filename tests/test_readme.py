@@ -70,6 +70,17 @@ def test_every_file_in_the_readme_exists(path):
         assert (ROOT / path).exists()
 
 
+FAULTS = (ROOT / "docs/faults.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "row", [line for line in FAULTS.splitlines() if line.startswith("| ") and "| test |" not in line]
+)
+def test_every_row_of_the_faults_names_a_test_that_exists(row):
+    path, name = re.search(r"`(test_\w+\.py)::(test_\w+)` \|$", row).groups()
+    assert f"\ndef {name}(" in (ROOT / "tests" / path).read_text()
+
+
 @pytest.mark.parametrize("path,name", sorted(set(re.findall(r"`((?:tests/)?\w+\.py):(\w+)`", README))))
 def test_every_function_in_the_readme_exists(path, name):
     assert re.search(rf"(def|class) {name}\b", (ROOT / path).read_text())

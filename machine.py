@@ -115,11 +115,11 @@ def watch_signals():
         signal.signal(each, note)
 
 
-def stop_requested(device: torch.device) -> int:
+def stop_requested() -> int:
     """The signal that asks the run to stop, 0 for none: the same answer on all processes, if one of them got it."""
     if rank_and_world_size()[1] == 1:
         return stop_signal
-    flag = torch.tensor(stop_signal, device=device)
+    flag = torch.tensor(stop_signal)  # on the CPU: a GPU does not have to wait for it
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return int(flag)
 

@@ -125,7 +125,7 @@ def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast,
     mine = np.arange(rank, len(starts), world_size)
     model.eval()
     for i in range(0, -(-len(starts) // world_size), micro_batch):  # as many turns on each process
-        if may_stop and machine.stop_requested(device):
+        if may_stop and machine.stop_requested():
             return None
         batch = mine[i : i + micro_batch]
         if len(batch) == 0:
@@ -136,9 +136,8 @@ def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast,
         losses[batch] = loss.cpu().double().mean(1)
     model.train()
     if world_size > 1:  # each window is zero on all processes but one
-        losses = losses.to(device)
         dist.all_reduce(losses)
-    return losses.cpu().numpy()
+    return losses.numpy()
 
 
 def build_model(config: TrainConfig, meta: dict, dtype: torch.dtype) -> tuple[GPT, dict]:
@@ -274,7 +273,7 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
                 print(json.dumps({"step": step, "tokens": tokens, "val_loss": val_loss, "val_se": error}), file=metrics)
                 say(f"  step {step:>6,} of {config.max_steps:,}: val loss {val_loss:.4f} ± {error:.4f}")
                 evaluated_at = step
-        stop = machine.stop_requested(device)
+        stop = machine.stop_requested()
         if (step % config.save_interval == 0 or last or stop) and step > start_step:
             state = {
                 "format": storage.FORMAT, "step": step, "tokens": tokens, "flops": tokens * flops,

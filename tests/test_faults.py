@@ -210,7 +210,7 @@ def test_an_evaluation_that_was_cut_short_is_made_again(data_dir, tmp_path, monk
 
 
 def test_the_last_evaluation_is_finished_before_a_stop(data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "stop_requested", lambda _: signal.SIGTERM if calls and calls[-1] == 20 else 0)
+    monkeypatch.setattr(machine, "stop_requested", lambda: signal.SIGTERM if calls and calls[-1] == 20 else 0)
     rate, calls = train.learning_rate, []
     monkeypatch.setattr(train, "learning_rate", lambda config, step: calls.append(step + 1) or rate(config, step))
     with pytest.raises(UserError, match="stopped by SIGTERM; saved .*step-00000020"):

@@ -150,7 +150,8 @@ def analyze(config: AnalyzeConfig) -> dict:
             f"lazy_below {config.lazy_below}; expected 2 <= seq_len <= block_size {model.config.block_size}, "
             "sequences >= 1, micro_batch >= 1, 0 < tau <= 1, lazy_below >= 0"
         )
-    checkpoint.check_tokenizer(path, data.read_meta(config.data_dir))
+    meta = data.read_meta(config.data_dir)
+    checkpoint.check_tokenizer(path, meta)
     tokens = data.open_tokens(config.data_dir, "val", T, model.config.vocab_size)
     starts = data.val_starts(len(tokens), T)
     S = min(config.sequences, len(starts))
@@ -164,6 +165,7 @@ def analyze(config: AnalyzeConfig) -> dict:
     layers = {name: summarize(arrays, config.lazy_below) for name, arrays in values.items()}
     result = {
         "model": str(path), "sha256": storage.TensorFiles(path).sha256(), "data": str(config.data_dir),
+        "data_sha256": meta["splits"]["val"]["sha256"],
         "T": T, "tau": config.tau, "sequences": S, "sequences_asked": config.sequences,
         "lazy_below": config.lazy_below, "layers_before_lazy_tail": layers_before_lazy_tail(layers["model"]),
         "layers": layers["model"], "untrained": layers.get("untrained"),
@@ -184,7 +186,7 @@ def analyze(config: AnalyzeConfig) -> dict:
                 means = [arrays[measure_name][layer, head].mean() for measure_name in MEASURES]
                 writer.writerow([name, layer, head, *means, (arrays["rank"][layer, head] == 1).mean()])
     plot(result, out / "attention.png")
-    storage.write_json(out / "attention.json", result)  # last: its presence says that all of it is done
+    storage.replace_json(out / "attention.json", result)  # last: its presence says that all of it is done
     return result
 
 

@@ -52,8 +52,6 @@ def read_config(path: Path) -> GPTConfig:
 
 def gpt_config(config: dict, path: Path) -> GPTConfig:
     """The GPTConfig of a config.json. Raises UserError for whatever this code would compute differently."""
-    if not isinstance(config, dict):
-        raise UserError(f"{path}/config.json: found a {type(config).__name__}, expected a table")
     same = {
         "model_type": ("gpt2", ["gpt2"]), "activation_function": ("gelu_new", ["gelu_new", "gelu_pytorch_tanh"]),
         "n_inner": (None, [None, 4 * config.get("n_embd", 0)]), "layer_norm_epsilon": (1e-5, [1e-5]),
@@ -215,23 +213,26 @@ def to_resume(run_dir: Path, resume: bool | str) -> Path | None:
     return newest
 
 
-def check_same(now: dict, then: dict, free: set[str], path: Path):
-    """Raise UserError if a setting that shapes the run is not what it was when `path` was saved, nor free to change."""
-    changed = [key for key in now if key not in free and then.get(key) != now[key]]
+def check_same(now: dict, then: dict, free: set[str], override: str, path: Path):
+    """Raise UserError if a setting is not what it was when `path` was saved, nor free to change, nor in override."""
+    allowed = set(override.split(","))
+    changed = [key for key in now if key not in free | allowed and then.get(key) != now[key]]
     if changed:
         differences = "; ".join(f"{key}: {then.get(key)} there, {now[key]} now" for key in changed)
         raise UserError(
             f"cannot resume {path}: {differences}; use what was there or another out_dir, "
-            f"or allow the change with --override={','.join(changed)}"
+            f"or allow the change with --override={','.join(sorted({*changed, *allowed} - {''}))}"
         )
 
 
 def forget_after(run_dir: Path, step: int):
     """Make room for what a run that goes on from `step` writes again; damaged checkpoints are set aside."""
-    metrics = run_dir / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    metrics, partial = run_dir / "metrics.jsonl", run_dir / ".metrics.jsonl.partial"
+    lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []
     kept = [line for line in lines if step and step_of(line) <= step]
-    metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    if kept != lines:
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        partial.replace(metrics)
     for path in steps(run_dir):
         if int(path.name.removeprefix("step-")) > step:
             aside = path.with_name(f"damaged-{path.name}")

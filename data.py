@@ -60,8 +60,15 @@ def read_meta(data_dir: str | Path) -> dict:
         raise UserError(f"{data_dir}/meta.json is {reason}, so the preparation did not finish; {prepare}") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT or "splits" not in meta:
         raise UserError(f"{data_dir}/meta.json is not of format {FORMAT}; {prepare}")
-    for split, entry in meta["splits"].items():
-        path, expected = data_dir / f"{split}.bin", entry["tokens"] * np.dtype(meta["dtype"]).itemsize
+    try:
+        entries = {
+            split: (meta["splits"][split]["tokens"], meta["splits"][split]["sha256"]) for split in ("train", "val")
+        }
+        itemsize = np.dtype(meta["dtype"]).itemsize
+    except (KeyError, TypeError):
+        raise UserError(f"{data_dir}/meta.json is damaged; {prepare}") from None
+    for split, (tokens, _) in entries.items():
+        path, expected = data_dir / f"{split}.bin", tokens * itemsize
         found = path.stat().st_size if path.is_file() else "no file"
         if found != expected:
             raise UserError(f"{path}: found {found}, expected {expected} bytes; {prepare}")

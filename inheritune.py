@@ -8,6 +8,7 @@ Kill it and start it again: each stage that is complete is skipped, a run goes o
 Every model sees the same tokens in the same order and the same validation windows.
 """
 
+import contextlib
 import math
 import re
 from dataclasses import dataclass, field, fields
@@ -17,11 +18,12 @@ import tyro
 
 import checkpoint
 import configurator
+import data
 import storage
 from analyze_attention import AnalyzeConfig, analyze, print_table
 from configurator import UserError
 from inherit import inherit
-from machine import on_rank_0, pick_device, versions, watch_signals
+from machine import on_rank_0, pick_device, process_group, versions, watch_signals
 from model import GPTConfig
 from report import paired_difference, report, verdict
 from train import TrainConfig, train
@@ -66,8 +68,8 @@ class RecipeConfig(TrainConfig):
             )
         if any(arm.step_factor < 1 for arm in self.arms):
             raise UserError("step_factor of an arm is below 1, expected 1 or more")
-        if self.init_from != "scratch" or self.eval_only:
-            raise UserError("a recipe trains its own reference: init_from and eval_only are for train.py")
+        if self.init_from != "scratch" or self.eval_only or self.override:
+            raise UserError("a recipe trains all its models alike: init_from, eval_only and override are for train.py")
 
 
 def recipe(config: RecipeConfig):
@@ -113,7 +115,7 @@ def recipe(config: RecipeConfig):
     def finish():
         made_by = versions(pick_device(config.device)) | {"seed": config.seed}
         content = {"models": models, "tolerance": config.tolerance, "made_by": made_by}
-        storage.write_json(out_dir / "recipe.json", content)
+        storage.replace_json(out_dir / "recipe.json", content)
         report(out_dir)
 
     on_rank_0(finish)
@@ -123,10 +125,14 @@ def measure_attention(config: RecipeConfig, model: Path):
     """Analyze the attention of a model, unless that was done with the same weights and settings."""
     out = model.parent / "attention"
     settings = {"sequences": config.sequences, "data_dir": config.data_dir, "device": config.device}
-    if (out / "attention.json").exists():
-        found = storage.read_json(out / "attention.json")
+    with contextlib.suppress(UserError):  # not there, or not whole
+        found, fingerprint = (
+            storage.read_json(out / "attention.json"),
+            data.fingerprint(data.read_meta(config.data_dir)),
+        )
         same = {"sha256": storage.TensorFiles(model).sha256(), "sequences_asked": config.sequences}
-        if all(found[key] == value for key, value in same.items()):
+        same["data_sha256"] = fingerprint["val"]
+        if all(found.get(key) == value for key, value in same.items()):
             return
     print_table(analyze(AnalyzeConfig(str(model), out=str(out), **settings)))
 
@@ -141,7 +147,9 @@ def inherit_once(reference: Path, layers: str, out: Path):
 
 def main():
     watch_signals()
-    recipe(configurator.load(RecipeConfig))
+    config = configurator.load(RecipeConfig)
+    with process_group():
+        recipe(config)
 
 
 if __name__ == "__main__":

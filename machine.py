@@ -6,7 +6,7 @@
 The choices of arithmetic and of compiling come with their reason, which train.py prints.
 """
 
-import atexit
+import contextlib
 import importlib.util
 import os
 import platform
@@ -28,7 +28,6 @@ def rank_and_world_size() -> tuple[int, int]:
     if "RANK" in os.environ and not dist.is_initialized():
         # the timeout has to outlast what rank 0 does alone, such as the attention analysis of a large model
         dist.init_process_group(timeout=timedelta(hours=2))  # gloo for tensors on the CPU, nccl on GPUs
-        atexit.register(dist.destroy_process_group)
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -83,6 +82,18 @@ def pick_compile(choice: bool | str, device: torch.device) -> tuple[bool, str]:
     return False, "it needs Triton, which is not here"
 
 
+@contextlib.contextmanager
+def process_group():
+    """Leave the group of processes at the end, together with the others if nothing went wrong."""
+    try:
+        yield
+        if dist.is_initialized():
+            dist.barrier()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 def on_rank_0(function, *arguments):
     """function(*arguments), called by rank 0 alone while the others wait; its result, or UserError, everywhere."""
     rank, world_size = rank_and_world_size()
@@ -92,6 +103,8 @@ def on_rank_0(function, *arguments):
             result = [function(*arguments)]
         except UserError as error:
             result = [error]
+        except OSError as error:
+            result = [UserError(f"{error.filename or 'a file'}: {error.strerror}", exit_code=1)]
     if world_size > 1:
         dist.broadcast_object_list(result)
     if isinstance(result[0], UserError):

@@ -12,14 +12,14 @@ end-of-text. The bytes written do not depend on the number of workers.
 import contextlib
 import glob
 import hashlib
-import json
 import math
-import multiprocessing
 import os
 import platform
 import sysconfig
 import tokenize
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import configurator
 import data
+import storage
 from configurator import UserError
 from data import FORMAT, tokenizer
 
@@ -170,7 +171,7 @@ def write_split(path: Path, pool, indices: np.ndarray) -> dict:
     entry, sha256 = {"tokens": 0, "documents": 0, "max_id": 0}, hashlib.sha256()
     progress = tqdm(total=len(indices), desc=path.name, unit=" documents", disable=None)
     with open(path, "wb") as file, progress:
-        for chunk, (ids, n_documents) in zip(chunks, pool.imap(encode, chunks), strict=True):
+        for chunk, (ids, n_documents) in zip(chunks, pool.map(encode, chunks), strict=True):
             file.write(ids.tobytes())
             sha256.update(ids.tobytes())
             entry["tokens"] += len(ids)
@@ -195,7 +196,7 @@ def main():
             "expected 0 < val_fraction < 1, workers >= 1, seed >= 0"
         )
     with contextlib.suppress(UserError):  # what is damaged or unfinished is made again
-        found = data.read_meta(out)["arguments"]
+        found = data.verify(out).get("arguments", {})
         changed = [key for key in arguments if arguments[key] != found.get(key)]
         if not changed:
             print(f"{out} is up to date")
@@ -213,10 +214,14 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be made: {error.strerror}") from None
-    with multiprocessing.Pool(config.workers, start_worker, (texts, config.tokenizer, dtype)) as pool:
-        splits = {name: write_split(out / f"{name}.bin", pool, indices[name]) for name in ("train", "val")}
-        pool.close()
-        pool.join()
+    arguments_of_worker = (texts, config.tokenizer, dtype)
+    try:
+        with ProcessPoolExecutor(config.workers, initializer=start_worker, initargs=arguments_of_worker) as pool:
+            splits = {name: write_split(out / f"{name}.bin", pool, indices[name]) for name in ("train", "val")}
+    except BrokenProcessPool:
+        raise UserError("a worker was killed, perhaps for want of memory; use fewer --workers", exit_code=1) from None
+    except OSError as error:
+        raise UserError(f"{out} was not written: {error.strerror}", exit_code=1) from None
     if not all(entry["tokens"] for entry in splits.values()):
         counts = ", ".join(f"{name} {entry['documents']}" for name, entry in splits.items())
         raise UserError(
@@ -230,9 +235,7 @@ def main():
         "split_rule": "default_rng(seed).permutation(documents); the first ceil(val_fraction * documents) are val",
         "arguments": arguments,
     }  # fmt: skip
-    partial = out / ".meta.json.partial"
-    partial.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, out / "meta.json")  # last: its presence says that all of it is done
+    storage.replace_json(out / "meta.json", meta)  # last: its presence says that all of it is done
     for name, entry in splits.items():
         print(f"{out / name}.bin: {entry['tokens']:,} tokens of {entry['documents']:,} documents")
 

@@ -49,10 +49,9 @@ def paired_difference(path: Path, reference: Path) -> tuple[float, float]:
     one document are not quite, so the true one is somewhat wider. Raises UserError for other windows.
     """
     ours, theirs = val_losses(path), val_losses(reference)
-    if ours.shape != theirs.shape:
-        raise UserError(
-            f"{path} was evaluated on {len(ours)} windows, {reference} on {len(theirs)}, not on the same data"
-        )
+    tokens = [storage.read_json(p / "val_losses.json").get("data") for p in (path, reference)]
+    if ours.shape != theirs.shape or tokens[0] != tokens[1]:
+        raise UserError(f"{path} ({len(ours)} windows) and {reference} ({len(theirs)}) were evaluated on other data")
     mean, error = data.mean_and_error(ours - theirs)
     return mean, 1.96 * error
 

@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -54,12 +55,32 @@ def write_json(path: Path, value):
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> dict:
-    """A JSON file of a checkpoint. Raises UserError if it cannot be read."""
+def replace_json(path: Path, value):
+    """Write a JSON file that is whole or not there at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    write_json(partial, value)
+    fsync(partial)
+    os.replace(partial, path)
+
+
+def append_json(path: Path, value):
+    """Add a line to a log; one that cannot be written is no reason to lose a run."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(value) + "\n")
+    except OSError as error:
+        print(f"warning: {path}: {error.strerror}; a line is lost")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file that holds a table. Raises UserError if it does not, or cannot be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: found a {type(value).__name__}, expected a table")
+    return value
 
 
 def write_tensors(path: Path, names: Iterable[str], read: Callable[[str], torch.Tensor]) -> dict[str, int]:
@@ -92,7 +113,10 @@ class TensorFiles(Mapping):
         index = directory / f"{stem}.safetensors.index.json"
         single = directory / f"{stem}.safetensors"
         if index.is_file():
-            self.files = {name: directory / file for name, file in read_json(index)["weight_map"].items()}
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{index}: no weight_map; download it again")
+            self.files = {name: directory / str(file) for name, file in weight_map.items()}
         elif single.is_file():
             with self.open(single) as file:
                 self.files = dict.fromkeys(file.keys(), single)
@@ -117,7 +141,10 @@ class TensorFiles(Mapping):
 
     def __getitem__(self, name):
         with self.open(self.files[name]) as file:
-            return file.get_tensor(name)
+            try:
+                return file.get_tensor(name)
+            except SafetensorError:
+                raise UserError(f"{self.files[name]}: no tensor {name}, which the index says is there") from None
 
     def __iter__(self):
         return iter(self.files)
@@ -136,7 +163,7 @@ def publish(path: str | Path):
     path = Path(path)
     if path.exists():
         raise UserError(f"{path} exists already; remove it or choose another place")
-    partial = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    partial = path.with_name(f".tmp-{path.name}-{os.getpid()}-{time.time_ns()}")
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -165,10 +192,8 @@ def check_sizes(path: Path) -> dict:
     """The files that a manifest lists. Raises UserError unless each is there in its size."""
     manifest = read_json(path / "manifest.json")
     try:
-        found_format, files = (
-            manifest["format"],
-            {name: (size, sha256) for name, (size, sha256) in manifest["files"].items()},
-        )
+        files = {name: (size, sha256) for name, (size, sha256) in manifest["files"].items()}
+        found_format = manifest["format"]
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path}/manifest.json: not a list of files; the checkpoint is damaged") from None
     if found_format != FORMAT:
@@ -184,7 +209,11 @@ def check_sizes(path: Path) -> dict:
 def verify(path: Path):
     """Raise UserError unless every file of a published checkpoint is what its manifest says, to the last bit."""
     for name, (_, sha256) in check_sizes(path).items():
-        if sha256_of(path / name) != sha256:
+        try:
+            found = sha256_of(path / name)
+        except OSError as error:  # as when its run prunes it just now
+            raise UserError(f"{path / name}: {error.strerror}") from None
+        if found != sha256:
             raise UserError(f"{path / name}: sha256 mismatch; the checkpoint is damaged")
 
 
@@ -252,8 +281,9 @@ def lock(directory: Path):
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
-        for leftover in [*directory.glob(".tmp-*"), *directory.glob(".trash-*")]:
-            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in directory.iterdir():
+            if re.match(r"\.(tmp|trash)-(step-\d{8}|init)\b", leftover.name):
+                shutil.rmtree(leftover, ignore_errors=True)
         yield
 
 

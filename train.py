@@ -10,10 +10,9 @@ made, and the weights after the last one are evaluated and saved.
 """
 
 import contextlib
+import functools
 import itertools
-import json
 import math
-import os
 import signal
 import time
 from dataclasses import asdict, dataclass, fields
@@ -88,14 +87,16 @@ class TrainConfig:
         for key, (least, most) in bounds.items():
             if not least <= getattr(self, key) <= most:  # written so that nan is out of bounds too
                 raise UserError(f"{key} is {getattr(self, key)}, expected {least} to {most}")
+        for key in filter(None, self.override.split(",")):
+            configurator.check_key(key, [*self.__dataclass_fields__, "data"], "override")
         if self.eval_only and self.init_from == "scratch":
             raise UserError("eval_only needs a model: --init_from=CHECKPOINT_OR_RUN_DIRECTORY")
 
 
 MODEL_KEYS = [field.name for field in fields(GPTConfig)]
 FREE_TO_CHANGE = {  # settings that a resumed run may have otherwise than before
-    "out_dir", "data_dir", "resume", "override", "eval_only", "micro_batch", "eval_interval",
-    "save_interval", "keep_checkpoints", "log_interval", "device", "compile", "deterministic",
+    "out_dir", "data_dir", "resume", "override", "eval_only", "micro_batch", "eval_interval", "save_interval",
+    "keep_checkpoints", "log_interval", "device", "compile", "deterministic",
 }  # fmt: skip
 
 
@@ -115,8 +116,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast, may_stop=False) -> np.ndarray | None:
     """Loss of every validation window, in nats a token: float64 (windows,), the same for any batch and world size.
 
-    Each process takes its share of the windows; each gets all results. None if a signal asks to stop
-    and it may_stop.
+    Each process takes its share of the windows; each gets all results. None if it may_stop and a signal asks to.
     """
     rank, world_size = machine.rank_and_world_size()
     T = model.config.block_size
@@ -166,8 +166,8 @@ def build_model(config: TrainConfig, meta: dict, dtype: torch.dtype) -> tuple[GP
 def train(config: TrainConfig) -> Path | None:
     """Train as configured; return the last checkpoint, which a finished run that is resumed already has.
 
-    With eval_only, print the validation loss of init_from and return None. Raises UserError, with exit code 143 or
-    130 where a signal stopped the run, which has then been saved.
+    With eval_only, print the validation loss of init_from and return None. Raises UserError, also when a signal
+    stopped the run, which has then been saved.
     """
     with contextlib.ExitStack() as until_the_end:
         return run(config, until_the_end)
@@ -228,9 +228,9 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
     resume_from = machine.on_rank_0(checkpoint.to_resume, out_dir, config.resume)
     if resume_from:
         state = checkpoint.read_state(resume_from)
-        checkpoint.check_same(
-            settings, state["settings"], FREE_TO_CHANGE | set(config.override.split(",")), resume_from
-        )
+        checkpoint.check_same(settings, state["settings"], FREE_TO_CHANGE, config.override, resume_from)
+        if state["step"] > config.max_steps:
+            raise UserError(f"{resume_from} is beyond max_steps {config.max_steps}; raise it or use another out_dir")
         checkpoint.load_training(resume_from, model, optimizer)
         start_step, evaluated_at, best = state["step"], state["evaluated_at"], state["best"]
         if state["scaler"]:
@@ -240,8 +240,7 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
             return resume_from
         say(f"resuming from {resume_from}")
     machine.on_rank_0(checkpoint.forget_after, out_dir, start_step)
-    metrics = open(out_dir / "metrics.jsonl" if rank == 0 else os.devnull, "a", buffering=1)  # noqa: SIM115
-    until_the_end.enter_context(metrics)
+    log = functools.partial(storage.append_json, out_dir / "metrics.jsonl") if rank == 0 else lambda _: None
     made_by = machine.versions(device) | {"processes": world_size}
     gpu = [device.index] if device.type == "cuda" else None
     parallel = DistributedDataParallel(model, device_ids=gpu) if world_size > 1 else model
@@ -259,7 +258,6 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
     # ---- loop: `step` counts the updates made so far
     model.train()
     progress = tqdm(total=config.max_steps, initial=start_step, unit="step", disable=None if rank == 0 else True)
-    until_the_end.enter_context(progress)
     logged_step, training_s = start_step, 0.0
     for step in itertools.count(start_step):
         last = step == config.max_steps
@@ -270,7 +268,7 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
             if losses is not None:
                 val_loss, error = data.mean_and_error(losses)
                 best = min(best, {"loss": val_loss, "step": step}, key=lambda evaluation: evaluation["loss"])
-                print(json.dumps({"step": step, "tokens": tokens, "val_loss": val_loss, "val_se": error}), file=metrics)
+                log({"step": step, "tokens": tokens, "val_loss": val_loss, "val_se": error})
                 say(f"  step {step:>6,} of {config.max_steps:,}: val loss {val_loss:.4f} ± {error:.4f}")
                 evaluated_at = step
         stop = machine.stop_requested()
@@ -282,7 +280,7 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
             }  # fmt: skip
             files = {"trainer_state.json": state} | ({"lineage.json": lineage} if lineage else {})
             if evaluated_at == step:
-                files["val_losses.json"] = {"block_size": T, "losses": losses.tolist()}
+                files["val_losses.json"] = {"data": settings["data"]["val"], "block_size": T, "losses": losses.tolist()}
             path = out_dir / f"step-{step:08d}"
             machine.on_rank_0(checkpoint.save, path, model, meta["tokenizer"], meta["eot"], optimizer, files)
             machine.on_rank_0(storage.prune, out_dir, config.keep_checkpoints)
@@ -290,6 +288,7 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
             saved = f"saved {path}" if step > start_step else "nothing new to save"
             raise UserError(f"stopped by {signal.Signals(stop).name}; {saved}", exit_code=128 + stop)
         if last:
+            progress.close()
             return path
 
         t0 = time.perf_counter()
@@ -335,14 +334,17 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
                 "grad_norm": grad_norm.item() if finite else None,
                 "tokens_per_s": round((step + 1 - logged_step) * config.tokens_per_step / training_s),
             }  # fmt: skip
-            print(json.dumps(line), file=metrics)
+            log(line)
             progress.set_postfix(loss=f"{line['train_loss']:.3f}", tokens_per_s=line["tokens_per_s"])
             logged_step, training_s = step + 1, 0.0
 
 
 def main():
-    machine.watch_signals()
-    train(configurator.load(TrainConfig))
+    config = configurator.load(TrainConfig)
+    if not config.eval_only:  # which has nothing to save
+        machine.watch_signals()
+    with machine.process_group():
+        train(config)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ def random_model(seed: int = 0, std: float = 0.3, dtype=torch.float64, **changes
 
 
 def read_metrics(run_dir) -> list[dict]:
-    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    log = Path(run_dir) / "metrics.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 @pytest.fixture(scope="session")

@@ -69,19 +69,19 @@ def main():
         )
 
     fork, moments = multiprocessing.get_context("fork"), random.Random(1337)
-    resumed = saving = newest_step = 0
+    resumed = died_early = saving = newest_step = 0
     for kill in range(1, kills + 1):
         process = fork.Process(target=attempt, args=(folder,))
         process.start()
-        time.sleep(moments.uniform(0.05, 1.2))
+        time.sleep(moments.uniform(0.3, 1.5))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         log = (folder / "log").read_text() if (folder / "log").exists() else ""
         assert process.exitcode == -signal.SIGKILL, f"it ended by itself:\n{log}"
-        # a life that was too short to say where it began has at least lost nothing
         begun = re.search(r"resuming from \S*step-(\d+)", log)
-        began_at = int(begun[1]) if begun else newest_step if "ignored" not in log else -1
+        began_at = int(begun[1]) if begun else 0 if "from scratch" in log else None  # None: died before it said
         resumed += began_at == newest_step
+        died_early += began_at is None
         half_written = sorted(path.name for path in (folder / "killed").glob(".t*-*"))
         saving += bool(half_written)
         newest = storage.latest(folder / "killed")
@@ -97,12 +97,13 @@ def main():
     expected = uninterrupted(folder, newest_step)
     equal = all((newest / name).read_bytes() == (expected / name).read_bytes() for name in names)
     print(
-        f"{resumed} of {kills} began where the newest whole checkpoint was; {saving} died in a save or a clean-up\n"
+        f"{resumed} of {kills} began where the newest whole checkpoint was, {died_early} died before they began; "
+        f"{saving} died in a save or a clean-up\n"
         f"weights and optimizer at step {newest_step}: {'equal' if equal else 'NOT EQUAL'}, bit for bit, to the "
         f"uninterrupted run's\npython {platform.python_version()}, torch {torch.__version__}, seed 1337"
     )
     shutil.rmtree(folder)
-    sys.exit(0 if equal and resumed == kills else 1)
+    sys.exit(0 if equal and resumed + died_early == kills else 1)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,23 @@ def test_pickles_are_never_opened(saved):
         checkpoint.load_model(path)
 
 
+@pytest.mark.parametrize(
+    "file,content,words",
+    [
+        ("config.json", "[]", "found a list, expected a table"),
+        ("config.json", '{"model_type": "gpt2", "n_layer": "x"}', "no n_head"),
+        ("model.safetensors.index.json", "{}", "no weight_map"),
+        ("model.safetensors.index.json", '{"weight_map": {"transformer.wte.weight": "gone"}}', "not a readable"),
+        ("model.safetensors.index.json", '{"weight_map": {"nothing": "model.safetensors"}}', "no tensor nothing"),
+    ],
+)
+def test_a_foreign_directory_that_is_not_right_is_one_line(saved, file, content, words):
+    path, _ = saved
+    (path / file).write_text(content)
+    with pytest.raises(UserError, match=words):
+        checkpoint.load_model(path)
+
+
 @pytest.mark.parametrize("name,words", [("nowhere/at/all", "does not exist"), ("no-such-model", "not on the hub")])
 def test_a_name_that_is_nothing_is_one_line(name, words):
     with pytest.raises(UserError, match=words):

@@ -175,7 +175,7 @@ def test_what_is_damaged_is_prepared_again(tmp_path):
     arguments = ["files", tmp_path / "a.txt", "--sample_by=line", "--val_fraction=0.3", f"--out={tmp_path / 'out'}"]
     (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
     assert call_script(prepare_data, *arguments) == 0
-    (tmp_path / "out" / "val.bin").unlink()
+    flip(tmp_path / "out" / "train.bin", 3)
     assert call_script(prepare_data, *arguments) == 0
     data.verify(tmp_path / "out")
 
@@ -190,9 +190,9 @@ def test_an_unreadable_corpus_is_one_line(tmp_path, capsys, name, content):
 # ---- token files
 
 
-def flip(path):
+def flip(path, position=1000):
     content = bytearray(path.read_bytes())
-    content[1000] ^= 1
+    content[position] ^= 1
     path.write_bytes(content)
 
 
@@ -218,6 +218,8 @@ def damage(tmp_path, data_dir, change) -> object:
             "not of format 1",
         ),
         (lambda d: (d / "meta.json").write_text("[]"), "not of format 1"),
+        (lambda d: (d / "meta.json").write_text('{"format": 1, "splits": {}}'), "meta.json is damaged"),
+        (lambda d: (d / "meta.json").write_text('{"format": 1, "splits": []}'), "meta.json is damaged"),
         (lambda d: flip(d / "train.bin"), "train.bin: sha256 mismatch"),
         (lambda d: flip(d / "val.bin"), "val.bin: sha256 mismatch"),
     ],

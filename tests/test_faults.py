@@ -49,20 +49,27 @@ def running(*arguments, **changes):
         process.communicate()
 
 
+def steps_made(run_dir) -> int:
+    """The step of the newest checkpoint in place."""
+    return max((int(path.name.removeprefix("step-")) for path in storage.steps(run_dir)), default=0)
+
+
 # ---- kills (RELIABILITY 1, 25)
 
 
 def test_kills_at_any_moment_leave_a_run_that_ends_at_the_same_bits(data_dir, tmp_path):
     """Five SIGKILLs at random moments of a run that saves every step; tests/faults.py does 200."""
-    settings = {"max_steps": 60, "save_interval": 1, "eval_interval": 20, "keep_checkpoints": 2}
+    settings = {"max_steps": 200, "save_interval": 1, "eval_interval": 100, "keep_checkpoints": 2}
     expected = run(data_dir, tmp_path / "straight", **settings)
-    moments = random.Random(0)
+    moments, newest = random.Random(0), 0
     for _ in range(5):
         with running(data_dir, tmp_path / "killed", **settings) as process:
-            wait_for(lambda: process.poll() is not None or storage.steps(tmp_path / "killed"))
-            time.sleep(moments.uniform(0, 0.4))
+            wait_for(lambda before=newest: process.poll() is not None or steps_made(tmp_path / "killed") > before)
+            time.sleep(moments.uniform(0, 0.05))  # so that it dies while it trains and saves
             process.send_signal(signal.SIGKILL)
             process.wait()
+        newest = steps_made(tmp_path / "killed")
+    assert newest < 200
     assert equal(run(data_dir, tmp_path / "killed", resume="auto", **settings), expected)
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
     assert not [*(tmp_path / "killed").glob(".tmp-*"), *(tmp_path / "killed").glob(".trash-*")]
@@ -122,9 +129,18 @@ def test_files_reach_the_disk_before_the_manifest_and_the_manifest_before_the_na
     checkpoint.save(tmp_path / "step-00000001", random_model(n_layer=1), "bytes", 0)
     manifest = events.index(("write", "manifest.json"))
     assert {name for kind, name in events[:manifest] if kind == "fsync"} == {"config.json", "model.safetensors"}
-    partial = f".tmp-step-00000001-{os.getpid()}"
+    partial = events[manifest + 2][1]
     expected = [("fsync", "manifest.json"), ("fsync", partial), ("rename", "step-00000001"), ("fsync", tmp_path.name)]
-    assert events[manifest + 1 :] == expected
+    assert events[manifest + 1 :] == expected and partial.startswith(f".tmp-step-00000001-{os.getpid()}-")
+
+
+def test_only_our_own_leftovers_are_cleared_away(tmp_path):
+    ours = [".tmp-step-00000003-77-88", ".trash-step-00000001", ".tmp-init-5-6"]
+    foreign = [".tmp-mine", ".trash-can", "notes", "step-3"]
+    for name in ours + foreign:
+        (tmp_path / name).mkdir()
+    with storage.lock(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", *foreign}
 
 
 # ---- disks (2, 4, 42)
@@ -267,7 +283,7 @@ def test_a_second_process_on_the_same_out_dir_is_refused_until_the_first_is_gone
             run(data_dir, tmp_path / "run", resume="auto")
         process.kill()
         process.wait()
-        settings = {"resume": "auto", "max_steps": 100_000, "override": "max_steps,lr"}
+        settings = {"resume": "auto", "max_steps": 100_000}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(machine, "stop_signal", int(signal.SIGTERM))
             with pytest.raises(UserError, match="stopped by SIGTERM"):
@@ -319,21 +335,32 @@ def test_one_process_goes_on_where_two_stopped_and_back(data_dir, tmp_path):
 # ---- preparation (44, 49)
 
 
+def test_a_preparation_whose_worker_is_killed_ends_in_one_line(data_dir, tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_bytes((data_dir.parent / "corpus.jsonl").read_bytes() * 200)
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "prepare_data.py"), "files", str(corpus), f"--out={out}", "--workers=2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (out / "train.bin").exists())
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    os.kill(int(children.split()[0]), signal.SIGKILL)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "a worker was killed" in error and not (out / "meta.json").exists()
+
+
 def test_a_preparation_that_was_killed_is_finished_by_the_next_one_with_the_same_bytes(data_dir, tmp_path):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_bytes((data_dir.parent / "corpus.jsonl").read_bytes() * 40)
     command = [sys.executable, str(ROOT / "prepare_data.py"), "files", str(corpus), "--val_fraction=0.1"]
     assert subprocess.run([*command, f"--out={tmp_path / 'whole'}"], capture_output=True).returncode == 0
-    for seconds in (1.0, 1.4, 1.8):
-        process = subprocess.Popen(
-            [*command, f"--out={tmp_path / 'out'}"], start_new_session=True, stderr=subprocess.DEVNULL
-        )
-        time.sleep(seconds)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    out = tmp_path / "out"
+    for _ in range(3):
+        (out / "train.bin").unlink(missing_ok=True)
+        process = subprocess.Popen([*command, f"--out={out}"], start_new_session=True, stderr=subprocess.DEVNULL)
+        wait_for(lambda: (out / "train.bin").exists())
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        if (tmp_path / "out" / "meta.json").exists():  # then all of it is there
-            break
+        assert not (out / "meta.json").exists()
     assert subprocess.run([*command, f"--out={tmp_path / 'out'}"], capture_output=True).returncode == 0
     for name in ("train.bin", "val.bin"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

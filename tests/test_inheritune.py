@@ -161,7 +161,7 @@ def test_the_recipe_works_under_torchrun(tmp_path, data_dir):
         (["--start_layers=0"], "start_layers is 0"),
         (["--sequences=0"], "sequences is 0"),
         (["--tolerance=nan"], "tolerance is nan"),
-        (["--init_from=gpt2"], "init_from and eval_only are for train.py"),
+        (["--init_from=gpt2"], "init_from, eval_only and override are for train.py"),
         (["--expnd_by=1"], "did you mean 'expand_by'"),
         (["--data_dir=nowhere"], "data directory nowhere does not exist"),
     ],
@@ -211,6 +211,22 @@ def test_what_another_reference_left_is_never_taken_for_this_one_s(finished, tmp
     assert "cannot resume" in capsys.readouterr().err
 
 
+def test_a_damaged_analysis_is_made_again(finished, tmp_path):
+    out_dir = shutil.copytree(finished[0], tmp_path / "out")
+    analysis = out_dir / "reference" / "attention" / "attention.json"
+    whole = analysis.read_bytes()
+    analysis.write_bytes(whole[:50])
+    assert call_script(inheritune, *finished[1], f"--out_dir={out_dir}") == 0
+    assert json.loads(analysis.read_bytes())["layers"] == json.loads(whole)["layers"]
+
+
+def test_models_evaluated_on_other_data_are_not_compared(tmp_path):
+    a, b = write_losses(tmp_path / "a", [1, 2, 3]), write_losses(tmp_path / "b", [1, 2, 4])
+    (b / "val_losses.json").write_text(json.dumps({"losses": [1, 2, 4], "data": "another"}))
+    with pytest.raises(UserError, match="other data"):
+        report.paired_difference(a, b)
+
+
 def test_a_report_without_a_recipe_is_one_line(tmp_path, capsys):
     assert call_script(report, tmp_path) == 2
     assert "recipe.json: not found" in capsys.readouterr().err
@@ -234,7 +250,7 @@ def test_pairing_sees_a_difference_that_is_smaller_than_the_spread(tmp_path):
     assert difference == pytest.approx(np.mean(better - hard)) and abs(difference + 0.02) < interval < 0.006
     assert interval == pytest.approx(1.96 * np.std(better - hard, ddof=1) / math.sqrt(400))
     assert report.verdict(difference, interval, 0.0) == "matched, better"
-    with pytest.raises(UserError, match="3 windows"):
+    with pytest.raises(UserError, match=r"\(3 windows\) and .* were evaluated on other data"):
         report.paired_difference(write_losses(tmp_path / "c", [1, 2, 3]), b)
 
 

@@ -395,6 +395,33 @@ def test_a_change_that_is_asked_for_is_made(straight, data_dir, tmp_path):
     assert not equal(path, run(data_dir, tmp_path / "other", max_steps=12, dropout=0.1))
 
 
+def test_a_run_cannot_be_resumed_beyond_its_new_end(straight, data_dir, tmp_path):
+    copy = stop_at_10(straight, tmp_path)
+    with pytest.raises(UserError, match="step-00000010 is beyond max_steps 8"):
+        run(data_dir, copy, resume=True, dropout=0.1, max_steps=8, override="max_steps")
+    assert storage.latest(copy).name == "step-00000010"
+
+
+def test_an_override_of_an_unknown_setting_is_named():
+    with pytest.raises(UserError, match="override: unknown key 'max_stps'; did you mean 'max_steps'"):
+        train.TrainConfig(override="lr,max_stps")
+
+
+def test_a_damaged_log_stops_nothing(straight, data_dir, tmp_path):
+    copy = stop_at_10(straight, tmp_path)
+    with open(copy / "metrics.jsonl", "ab") as file:
+        file.write(b"\n\xff\xfe{\n[1]\n")
+    assert equal(run(data_dir, copy, resume=True, dropout=0.1), straight[1])
+    assert losses(copy) == losses(straight[0])
+
+
+def test_a_log_line_that_cannot_be_written_loses_no_run(data_dir, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)  # a directory in its place
+    monkeypatch.setattr(checkpoint, "forget_after", lambda *_: None)
+    assert run(data_dir, tmp_path / "run", max_steps=2).name == "step-00000002"
+    assert "a line is lost" in capsys.readouterr().out
+
+
 def test_other_data_cannot_be_resumed_with(straight, data_dir, tmp_path):
     copy = tmp_path / "data"
     copy.mkdir()

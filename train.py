@@ -93,7 +93,6 @@ class TrainConfig:
             raise UserError("eval_only needs a model: --init_from=CHECKPOINT_OR_RUN_DIRECTORY")
 
 
-MODEL_KEYS = [field.name for field in fields(GPTConfig)]
 FREE_TO_CHANGE = {  # settings that a resumed run may have otherwise than before
     "out_dir", "data_dir", "resume", "override", "eval_only", "micro_batch", "eval_interval", "save_interval",
     "keep_checkpoints", "log_interval", "device", "compile", "deterministic",
@@ -142,7 +141,7 @@ def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast,
 
 def build_model(config: TrainConfig, meta: dict, dtype: torch.dtype) -> tuple[GPT, dict]:
     """The model to start from, on the CPU, and where it comes from: fresh weights of the seed, or init_from's."""
-    asked = {key: value for key in MODEL_KEYS if (value := getattr(config, key)) is not None}
+    asked = {f.name: value for f in fields(GPTConfig) if (value := getattr(config, f.name)) is not None}
     if config.init_from == "scratch":
         try:
             torch.manual_seed(config.seed)

@@ -63,9 +63,8 @@ class RecipeConfig(TrainConfig):
             raise UserError(f"tolerance is {self.tolerance}, expected a finite number of nats")
         directories = [arm.directory(0) for arm in self.arms]
         if len(set(directories)) < len(directories) or "arm--0" in directories:
-            raise UserError(
-                f"arms {[arm.name for arm in self.arms]}: each needs a name of its own, of letters or digits"
-            )
+            names = [arm.name for arm in self.arms]
+            raise UserError(f"arms {names}: each needs a name of its own, of letters or digits")
         if any(arm.step_factor < 1 for arm in self.arms):
             raise UserError("step_factor of an arm is below 1, expected 1 or more")
         if self.init_from != "scratch" or self.eval_only or self.override:
@@ -126,12 +125,12 @@ def measure_attention(config: RecipeConfig, model: Path):
     out = model.parent / "attention"
     settings = {"sequences": config.sequences, "data_dir": config.data_dir, "device": config.device}
     with contextlib.suppress(UserError):  # not there, or not whole
-        found, fingerprint = (
-            storage.read_json(out / "attention.json"),
-            data.fingerprint(data.read_meta(config.data_dir)),
-        )
-        same = {"sha256": storage.TensorFiles(model).sha256(), "sequences_asked": config.sequences}
-        same["data_sha256"] = fingerprint["val"]
+        found = storage.read_json(out / "attention.json")
+        same = {
+            "sha256": storage.TensorFiles(model).sha256(),
+            "data_sha256": data.read_meta(config.data_dir)["splits"]["val"]["sha256"],
+            "sequences_asked": config.sequences,
+        }
         if all(found.get(key) == value for key, value in same.items()):
             return
     print_table(analyze(AnalyzeConfig(str(model), out=str(out), **settings)))

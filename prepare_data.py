@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 import platform
+import signal
 import sysconfig
 import tokenize
 from collections.abc import Sequence
@@ -142,6 +143,7 @@ def split(n_documents: int, val_fraction: float, seed: int) -> dict[str, np.ndar
 def start_worker(texts: Sequence, tokenizer_name: str, dtype: str):
     """What each process of the pool keeps."""
     global worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one sees to it
     worker = texts, tokenizer(tokenizer_name), np.dtype(dtype)
 
 
@@ -214,14 +216,16 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be made: {error.strerror}") from None
-    arguments_of_worker = (texts, config.tokenizer, dtype)
+    pool = ProcessPoolExecutor(config.workers, initializer=start_worker, initargs=(texts, config.tokenizer, dtype))
     try:
-        with ProcessPoolExecutor(config.workers, initializer=start_worker, initargs=arguments_of_worker) as pool:
-            splits = {name: write_split(out / f"{name}.bin", pool, indices[name]) for name in ("train", "val")}
+        (out / "meta.json").unlink(missing_ok=True)
+        splits = {name: write_split(out / f"{name}.bin", pool, indices[name]) for name in ("train", "val")}
     except BrokenProcessPool:
         raise UserError("a worker was killed, perhaps for want of memory; use fewer --workers", exit_code=1) from None
     except OSError as error:
         raise UserError(f"{out} was not written: {error.strerror}", exit_code=1) from None
+    finally:
+        pool.shutdown(cancel_futures=True)  # what is not encoded yet is not wanted any more
     if not all(entry["tokens"] for entry in splits.values()):
         counts = ", ".join(f"{name} {entry['documents']}" for name, entry in splits.items())
         raise UserError(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -160,6 +161,7 @@ def test_odd_documents_are_taken_as_they_are_and_empty_ones_are_skipped():
     prepare_data.start_worker([["no text"]], "bytes", "<u2")
     with pytest.raises(UserError, match="document 0: found list, expected text"):
         prepare_data.encode(np.array([0]))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a worker ignores
 
 
 def test_an_edited_corpus_is_not_up_to_date(tmp_path, capsys):

@@ -228,10 +228,10 @@ def check_same(now: dict, then: dict, free: set[str], override: str, path: Path)
 def forget_after(run_dir: Path, step: int):
     """Make room for what a run that goes on from `step` writes again; damaged checkpoints are set aside."""
     metrics, partial = run_dir / "metrics.jsonl", run_dir / ".metrics.jsonl.partial"
-    lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []
-    kept = [line for line in lines if step and step_of(line) <= step]
-    if kept != lines:
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    before = metrics.read_text(encoding="utf-8", errors="replace") if metrics.exists() else ""
+    kept = "".join(line + "\n" for line in before.splitlines() if step and step_of(line) <= step)
+    if kept != before:
+        partial.write_text(kept, encoding="utf-8")
         partial.replace(metrics)
     for path in steps(run_dir):
         if int(path.name.removeprefix("step-")) > step:

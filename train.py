@@ -113,9 +113,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 @torch.no_grad()
 def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast, may_stop=False) -> np.ndarray | None:
-    """Loss of every validation window, in nats a token: float64 (windows,), the same for any batch and world size.
+    """Loss of every validation window, in nats a token: float64 (windows,), to rounding the same for any batch.
 
-    Each process takes its share of the windows; each gets all results. None if it may_stop and a signal asks to.
+    Each process takes its share of the windows, each gets all results. None if it may_stop and a signal asks to.
     """
     rank, world_size = machine.rank_and_world_size()
     T = model.config.block_size

@@ -415,6 +415,13 @@ def test_a_damaged_log_stops_nothing(straight, data_dir, tmp_path):
     assert losses(copy) == losses(straight[0])
 
 
+def test_a_line_that_was_cut_before_its_newline_is_not_joined_to_the_next(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
+    checkpoint.forget_after(tmp_path, 2)
+    storage.append_json(tmp_path / "metrics.jsonl", {"step": 3})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+
+
 def test_a_log_line_that_cannot_be_written_loses_no_run(data_dir, tmp_path, monkeypatch, capsys):
     (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)  # a directory in its place
     monkeypatch.setattr(checkpoint, "forget_after", lambda *_: None)

@@ -183,6 +183,11 @@ def read_state(path: Path) -> dict:
 def load_training(path: Path, model: GPT, optimizer: torch.optim.Optimizer):
     """Put a verified checkpoint's weights and optimizer state into place. Raises UserError naming what does not fit."""
     load_weights(path, model)
+    load_moments(path, model, optimizer)
+
+
+def load_moments(path: Path, model: GPT, optimizer: torch.optim.Optimizer):
+    """Put the optimizer state of a directory into place. Raises UserError naming what does not fit."""
     names = {parameter: key for key, parameter in model.named_parameters()}
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     stored = TensorFiles(path, "optimizer")
@@ -258,19 +263,45 @@ def provenance(path: Path) -> dict:
     lineage = read_lineage(path)
     if lineage and not (path / "trainer_state.json").exists():
         return lineage
-    return {"reference": str(path), "sha256": TensorFiles(path).sha256(), "cost": cost(path)}
+    return {"reference": str(path), "sha256": TensorFiles(path).sha256(), "ancestors": ancestors(path)}
+
+
+def with_teacher(lineage: dict, teacher: dict) -> dict:
+    """The lineage of a student: what it was inherited from, if anything, and its teacher's provenance."""
+    both = lineage.get("ancestors", {}) | teacher["ancestors"]
+    return lineage | {"ancestors": both, "teacher": {key: teacher[key] for key in ("reference", "sha256")}}
 
 
 def origin(lineage: dict) -> str | dict:
     """What tells where two runs began apart: "scratch", or the weights and the layers that they inherited."""
-    return {key: lineage[key] for key in ("sha256", "layers", "parts") if key in lineage} or "scratch"
+    keys = ("sha256", "layers", "parts", "moments", "top")
+    return {key: lineage[key] for key in keys if key in lineage} or "scratch"
+
+
+def ancestors(path: Path) -> dict[str, dict | None]:
+    """Every training run that led to a checkpoint: sha256 of the weights it left -> tokens and FLOPs of its own.
+
+    None stands for a cost that is not known, as of a model from the hub. A run counts once, however often it is met:
+    as the reference and as the teacher, say.
+    """
+    lineage, state = read_lineage(path), path / "trainer_state.json"
+    found = dict(lineage.get("ancestors", {}))
+    if state.exists() or not lineage:
+        own = read_json(state) if state.exists() else None
+        weights = " ".join(TensorFiles(path).sha256().values())
+        found[weights] = own and {key: own[key] for key in ("tokens", "flops")}
+    return found
 
 
 def cost(path: Path) -> dict | None:
-    """Tokens and FLOPs spent on a checkpoint and on what it was inherited from; None where it is not known."""
-    lineage, state = read_lineage(path), path / "trainer_state.json"
-    before = lineage.get("cost")
-    if not state.exists() or (lineage and before is None):
-        return before
-    own = read_json(state)
-    return {key: own[key] + (before or {key: 0})[key] for key in ("tokens", "flops")}
+    """Tokens and FLOPs spent on a checkpoint and on all that led to it; None where a part of it is not known."""
+    spent = ancestors(path).values()
+    return None if None in spent else {key: sum(each[key] for each in spent) for key in ("tokens", "flops")}
+
+
+def last_stable(run_dir: Path) -> Path:
+    """The newest checkpoint of a "wsd" run from before its rate began to fall. Raises UserError."""
+    for path in reversed(steps(run_dir)):
+        if read_state(path).get("stable"):
+            return resolve(path)
+    raise UserError(f"{run_dir} keeps no checkpoint of a stable rate; train it with --schedule=wsd")

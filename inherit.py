@@ -4,6 +4,7 @@
     python inherit.py --reference=gpt2-medium --layers=0:12 --out=out/medium-12        # from the hub
     python inherit.py --reference=gpt2-medium --layers=::2 --out=out/every-other       # as DistilGPT2 begins
     python inherit.py --reference=gpt2-medium --layers=0:16 --parts=attn --out=out/attention-only
+    python inherit.py --reference=out/half --layers=: --top=out/demo/reference --top_layers=4:6 --out=out/grown
 
 --layers lists source layers, one per layer of the target, as Python slices from 0, half-open: "0:8,0:8" stacks.
 Everything outside the layers (embeddings, positions, final norm, head) is always taken. It renames tensors and
@@ -36,6 +37,9 @@ class InheritConfig:
     layers: str  # source layers as slices: 0:12 or ::2 or 0:4,0:4 or : for all
     out: str  # directory to write
     parts: str = ""  # GPT-2: take only these of each block (attn, mlp, ln, comma between), draw the rest fresh
+    moments: bool = False  # take AdamW's state of the taken tensors too, for train.py to begin with
+    top: str = ""  # a second checkpoint of the same width, to put layers of on top of the reference's
+    top_layers: str = ""  # which, as slices
     seed: int = 1337  # of what is drawn fresh
 
 
@@ -57,18 +61,59 @@ def parse_layers(text: str, n_layer: int) -> list[int]:
     return layers
 
 
-def plan(names, layers: list[int], n_layer: int) -> dict[str, str]:
-    """Target key -> source key. Raises UserError unless the source's keys count its layers 0, 1, ..., n_layer - 1."""
+@dataclass
+class Source:
+    """A checkpoint and which of its layers are taken."""
+
+    path: Path
+    config: dict  # its config.json
+    n_layer: int
+    layers: list[int]
+
+    @classmethod
+    def open(cls, name: str | Path, layers: str) -> "Source":
+        path = storage.resolve(name)
+        config = storage.read_json(path / "config.json")
+        n_layer = config.get("n_layer") or config.get("num_hidden_layers")
+        if not n_layer:
+            raise UserError(f"{path}/config.json names neither n_layer nor num_hidden_layers")
+        return cls(path, config, n_layer, parse_layers(layers, n_layer))
+
+    def shape(self) -> dict[str, int]:
+        """Every whole number of its config but those that count layers."""
+        config = sliced_config(self.config, [], self.n_layer)
+        return {key: value for key, value in config.items() if isinstance(value, int)}
+
+
+def plan(names, layers: list[int], n_layer: int, first: int = 0) -> dict[str, str]:
+    """Target key -> source key, the layers counted from `first` there.
+
+    Raises UserError unless the source's keys count its layers 0, 1, ..., n_layer - 1.
+    """
     matches = {name: LAYER.match(name) for name in names}
     indices = {int(match[2]) for match in matches.values() if match}
     if indices != set(range(n_layer)):
         raise UserError(f"the tensors have layers {sorted(indices)}, but config.json says {n_layer} layers")
     source = {name: name for name, match in matches.items() if not match}
-    for target_layer, layer in enumerate(layers):
+    for target_layer, layer in enumerate(layers, start=first):
         for name, match in matches.items():
             if match and int(match[2]) == layer:
                 source[f"{match[1]}{target_layer}{match[3]}"] = name
     return source
+
+
+def taken(sources: list[Source], stem: str) -> dict[str, tuple[storage.TensorFiles, str, str]]:
+    """Target key -> file, name in the file, origin: all of the first source, then the layers of the one on top."""
+    found, depth = {}, 0
+    for i, source in enumerate(sources):
+        stored = storage.TensorFiles(source.path, stem)
+        gpt2 = source.config.get("model_type") == "gpt2"
+        names = {key: name for name in stored if (key := checkpoint.gpt2_key(name) if gpt2 else name)}
+        for key, origin in plan(names, source.layers, source.n_layer, first=depth).items():
+            if i == 0 or LAYER.match(key):
+                found[key] = (stored, names[origin], "top:" * i + origin)
+        depth += len(source.layers)
+    return found
 
 
 def sliced_config(config: dict, layers: list[int], n_layer: int) -> dict:
@@ -78,20 +123,22 @@ def sliced_config(config: dict, layers: list[int], n_layer: int) -> dict:
     return config | lists | {key: len(layers) for key in ("n_layer", "num_hidden_layers") if key in config}
 
 
-def inherit(reference: str | Path, layers: str, out: str | Path, parts: str = "", seed: int = 1337) -> Path:
-    """Write the target to `out` and print where each of its layers came from. Raises UserError."""
-    path = storage.resolve(reference)
-    config = storage.read_json(path / "config.json")
-    n_layer = config.get("n_layer") or config.get("num_hidden_layers")
-    if not n_layer:
-        raise UserError(f"{path}/config.json names neither n_layer nor num_hidden_layers")
-    chosen = parse_layers(layers, n_layer)
-    stored = storage.TensorFiles(path)
-    keys = {name: name for name in stored}
-    if config.get("model_type") == "gpt2":
-        keys = {key: name for name in stored if (key := checkpoint.gpt2_key(name))}
-    source = plan(keys, chosen, n_layer)
-    target_config = sliced_config(config, chosen, n_layer)
+def inherit(
+    reference: str | Path, layers: str, out: str | Path, parts="", moments=False, top="", top_layers="", seed=1337
+) -> Path:
+    """Write the target to `out` and print where each of its layers came from; see InheritConfig. Raises UserError."""
+    sources = [Source.open(reference, layers)] + ([Source.open(top, top_layers)] if top else [])
+    path, chosen = sources[0].path, [layer for source in sources for layer in source.layers]
+    config = sliced_config(sources[0].config, chosen, sources[0].n_layer)
+    for source in sources:
+        if source.shape() != sources[0].shape():
+            differ = {key for key, _ in source.shape().items() ^ sources[0].shape().items()}
+            raise UserError(
+                f"{top} cannot go on top of {reference}: config.json differs in {', '.join(sorted(differ))}"
+            )
+        if moments and not (source.path / "optimizer.safetensors").is_file():
+            raise UserError(f"{source.path} has no optimizer.safetensors, so no moments; leave --moments away")
+    source = taken(sources, "model")
 
     fresh = {}
     if parts:
@@ -100,27 +147,40 @@ def inherit(reference: str | Path, layers: str, out: str | Path, parts: str = ""
             raise UserError(
                 f"parts {parts!r} of a {config.get('model_type')} model; expected {', '.join(BLOCK_PARTS)} of gpt2"
             )
-        taken = tuple(BLOCK_PARTS[part] for part in parts.split(","))
+        kept = tuple(BLOCK_PARTS[part] for part in parts.split(","))
         torch.manual_seed(seed)
-        drawn = checkpoint.hf_tensors(GPT(checkpoint.gpt_config(target_config, path)))
-        fresh = {key: drawn[key] for key in source if LAYER.match(key) and not any(part in key for part in taken)}
-    if target_config.get("scale_attn_by_inverse_layer_idx") and chosen != list(range(len(chosen))):
+        drawn = checkpoint.hf_tensors(GPT(checkpoint.gpt_config(config, path)))
+        fresh = {key: drawn[key] for key in source if LAYER.match(key) and not any(part in key for part in kept)}
+    if config.get("scale_attn_by_inverse_layer_idx") and chosen != list(range(len(chosen))):
         print(
             "warning: layer i of this model divides its attention logits by i + 1 "
             "(scale_attn_by_inverse_layer_idx), so a layer that moves to another depth computes something else"
         )
 
     def read(key: str) -> torch.Tensor:
-        return fresh[key] if key in fresh else stored[keys[source[key]]]
+        if key in fresh:
+            return fresh[key]
+        stored, name, _ = source[key]
+        return stored[name]
 
-    origin = {key: f"fresh, seed {seed}" if key in fresh else source[key] for key in source}
+    def read_moment(key: str) -> torch.Tensor:
+        stored, name, _ = state[key]
+        return torch.zeros_like(stored[name]) if key.split("|")[0] in fresh else stored[name]
+
+    origin = {key: f"fresh, seed {seed}" if key in fresh else source[key][2] for key in source}
+    ancestors = {key: spent for each in reversed(sources) for key, spent in checkpoint.ancestors(each.path).items()}
     lineage = {
-        "reference": str(reference), "layers": chosen, "parts": parts or "all",
-        "sha256": stored.sha256(), "cost": checkpoint.cost(path), "tensors": origin,
+        "reference": str(reference), "layers": chosen, "parts": parts or "all", "moments": moments,
+        "sha256": storage.TensorFiles(path).sha256(), "ancestors": ancestors, "tensors": origin,
     }  # fmt: skip
+    if top:
+        lineage["top"] = {"reference": str(top), "sha256": storage.TensorFiles(sources[1].path).sha256()}
     with storage.publish(out) as directory:
-        storage.write_json(directory / "config.json", target_config)
+        storage.write_json(directory / "config.json", config)
         sizes = storage.write_tensors(directory / "model.safetensors", source, read)
+        if moments:
+            state = taken(sources, "optimizer")
+            storage.write_tensors(directory / "optimizer.safetensors", state, read_moment)
         storage.write_json(directory / "lineage.json", lineage)
         for pattern in ("*token*", "vocab*", "merges.txt"):  # the tokenizer, where there is one
             for file in path.glob(pattern):

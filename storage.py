@@ -247,13 +247,14 @@ def discard(path: Path):
     shutil.rmtree(trash, ignore_errors=True)
 
 
-def prune(run_dir: str | Path, keep: int):
-    """Delete all but the newest `keep` complete checkpoints of a run; what else is there does not count and stays."""
+def prune(run_dir: str | Path, keep: int, spare: Path | None = None):
+    """Delete all but the newest `keep` complete checkpoints of a run; `spare`, and what else is there, stays."""
     complete = []
     for path in steps(run_dir):
         with contextlib.suppress(UserError):
             check_sizes(path)
-            complete.append(path)
+            if path != spare:
+                complete.append(path)
     for path in complete[:-keep]:
         try:
             discard(path)

@@ -3,6 +3,7 @@
     python train.py config/demo.toml --out_dir=out/mine --max_steps=100    # minutes on a laptop's CPU
     python train.py config/demo.toml --out_dir=out/mine --max_steps=100 --resume
     torchrun --standalone --nproc_per_node=4 train.py config/demo.toml --out_dir=out/mine --micro_batch=8
+    python train.py config/demo.toml --out_dir=out/pupil --n_layer=4 --teacher=out/mine    # distil it
     python train.py --init_from=out/mine --data_dir=data/demo --eval_only  # its validation loss, once
 
 It leaves checkpoints (out_dir/step-*/) and out_dir/metrics.jsonl. A step is one update of the weights: max_steps are
@@ -32,6 +33,7 @@ import machine
 import storage
 from configurator import UserError
 from model import GPT, GPTConfig
+from objective import distillation_loss, evaluate, learning_rate, load_teacher, stable_steps
 
 
 @dataclass
@@ -59,13 +61,20 @@ class TrainConfig:
     tokens_per_step: int = 49_152  # over all processes: 48 sequences of 1,024
     max_steps: int = 100_000
     lr: float = 6e-4  # peak learning rate, reached after the warm-up
-    min_lr: float = 1e-5  # where the cosine ends
+    min_lr: float = 1e-5  # where the schedule ends
     warmup_steps: int = 2_000
+    schedule: Literal["cosine", "wsd"] = "cosine"  # after the warm-up; wsd: stable, then a linear decay
+    decay_fraction: float = 0.5  # wsd: the share of max_steps, at the end, in which the rate falls
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.1
     grad_clip: float = 1.0  # largest norm of the gradient; 0 switches it off
     seed: int = 1337  # of the fresh weights, the order of the data and dropout
+
+    # distillation: the loss is alpha · cross-entropy + (1 - alpha) · tau² · KL to the teacher's distribution
+    teacher: str = ""  # a checkpoint, a run directory or a name on the hub
+    alpha: float = 0.5
+    tau: float = 2.0  # the temperature of both distributions
 
     # machine and habits: none of these changes what is learned
     micro_batch: int = 8  # sequences at a time on one process; only a matter of memory
@@ -80,9 +89,11 @@ class TrainConfig:
 
     def __post_init__(self):
         counts = "tokens_per_step max_steps micro_batch eval_interval save_interval keep_checkpoints log_interval"
+        warmup_at_most = stable_steps(self) if self.schedule == "wsd" else self.max_steps
         bounds = dict.fromkeys(counts.split(), (1, math.inf)) | {
-            "warmup_steps": (0, self.max_steps), "lr": (0, 1e6), "min_lr": (0, self.lr), "seed": (0, 2**32 - 1),
+            "warmup_steps": (0, warmup_at_most), "lr": (0, 1e6), "min_lr": (0, self.lr), "seed": (0, 2**32 - 1),
             "beta1": (0, 0.999999), "beta2": (0, 0.999999), "grad_clip": (0, 1e6), "weight_decay": (0, 1e6),
+            "decay_fraction": (0, 1), "alpha": (0, 1), "tau": (1e-3, 1e3),
         }  # fmt: skip
         for key, (least, most) in bounds.items():
             if not least <= getattr(self, key) <= most:  # written so that nan is out of bounds too
@@ -101,42 +112,6 @@ FREE_TO_CHANGE = {  # settings that a resumed run may have otherwise than before
 
 # ----------------------------------------------------------------------------------------------------------
 # Helpers of the loop
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Rate of update `step`, counted from 0: a linear warm-up to lr, then a cosine down to min_lr."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.max_steps - 1 - config.warmup_steps)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-@torch.no_grad()
-def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast, may_stop=False) -> np.ndarray | None:
-    """Loss of every validation window, in nats a token: float64 (windows,), to rounding the same for any batch.
-
-    Each process takes its share of the windows, each gets all results. None if it may_stop and a signal asks to.
-    """
-    rank, world_size = machine.rank_and_world_size()
-    T = model.config.block_size
-    starts = data.val_starts(len(tokens), T)
-    losses = torch.zeros(len(starts), dtype=torch.float64)
-    mine = np.arange(rank, len(starts), world_size)
-    model.eval()
-    for i in range(0, -(-len(starts) // world_size), micro_batch):  # as many turns on each process
-        if may_stop and machine.stop_requested():
-            return None
-        batch = mine[i : i + micro_batch]
-        if len(batch) == 0:
-            continue
-        x, y = data.windows(tokens, starts[batch], T)
-        with autocast:
-            loss = model(x.to(device), y.to(device), reduction="none")  # (B, T)
-        losses[batch] = loss.cpu().double().mean(1)
-    model.train()
-    if world_size > 1:  # each window is zero on all processes but one
-        dist.all_reduce(losses)
-    return losses.numpy()
 
 
 def build_model(config: TrainConfig, meta: dict, dtype: torch.dtype) -> tuple[GPT, dict]:
@@ -187,11 +162,19 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
 
     # ---- model and data
     meta = machine.on_rank_0(data.verify, config.data_dir)
-    model, lineage = build_model(config, meta, torch.float64 if dtype == torch.float64 else torch.float32)
-    model.to(device)
-    if compiled:
-        torch.compiler.reset()  # an earlier model of a recipe must not use up the limit of recompilations
-        model.compile(dynamic=False)  # in place: the parameters keep their names
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    model, lineage = build_model(config, meta, wide)
+    flops = model.config.flops_per_token()
+    teacher = None
+    if config.teacher:
+        teacher, taught_by = load_teacher(config.teacher, meta, model.config, wide)
+        flops += teacher.config.flops_per_token() // 3  # its forward pass: 2 of the 6 for each weight
+        lineage = checkpoint.with_teacher(lineage, taught_by)
+    torch.compiler.reset()  # an earlier model of a recipe must not use up the limit of recompilations
+    for network in filter(None, (model, teacher)):
+        network.to(device)
+        if compiled:
+            network.compile(dynamic=False)  # in place: the parameters keep their names
     T = model.config.block_size
     val_tokens = data.open_tokens(config.data_dir, "val", T, model.config.vocab_size)
     if config.eval_only:
@@ -221,6 +204,7 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
     out_dir = Path(config.out_dir)
     settings = asdict(config) | asdict(model.config) | {
         "dtype": str(dtype), "data": data.fingerprint(meta), "init_from": checkpoint.origin(lineage),
+        "teacher": checkpoint.origin(lineage.get("teacher", {})),
     }  # fmt: skip
     start_step, evaluated_at, best = 0, None, {"loss": math.inf, "step": None}
     machine.on_rank_0(lambda: until_the_end.enter_context(storage.lock(out_dir)))
@@ -238,15 +222,18 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
             say(f"{resume_from}: already at step {start_step} of {config.max_steps}")
             return resume_from
         say(f"resuming from {resume_from}")
+    elif lineage.get("moments"):
+        checkpoint.load_moments(storage.resolve(config.init_from), model, optimizer)
     machine.on_rank_0(checkpoint.forget_after, out_dir, start_step)
     log = functools.partial(storage.append_json, out_dir / "metrics.jsonl") if rank == 0 else lambda _: None
     made_by = machine.versions(device) | {"processes": world_size}
     gpu = [device.index] if device.type == "cuda" else None
     parallel = DistributedDataParallel(model, device_ids=gpu) if world_size > 1 else model
 
-    flops, total_tokens = model.config.flops_per_token(), config.max_steps * config.tokens_per_step
+    total_tokens = config.max_steps * config.tokens_per_step
     say(
-        f"{out_dir}: {model.config.n_layer} layers, {model.config.num_params():,} parameters, from {config.init_from}\n"
+        f"{out_dir}: {model.config.n_layer} layers, {model.config.num_params():,} parameters, from {config.init_from}"
+        f"{f', taught by {config.teacher}' if teacher else ''}\n"
         f"  {config.max_steps:,} steps x {config.tokens_per_step:,} tokens = {total_tokens:,} tokens "
         f"({total_tokens / len(train_tokens):.2f} epochs), {total_tokens * flops:.3g} FLOPs\n"
         f"  a step: {world_size} process(es) x {accumulation} micro-batches x {config.micro_batch} sequences x {T}\n"
@@ -256,12 +243,13 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
 
     # ---- loop: `step` counts the updates made so far
     model.train()
+    stable = stable_steps(config) if config.schedule == "wsd" else 0  # the checkpoint after so many steps is kept
     progress = tqdm(total=config.max_steps, initial=start_step, unit="step", disable=None if rank == 0 else True)
     logged_step, training_s = start_step, 0.0
     for step in itertools.count(start_step):
         last = step == config.max_steps
         tokens = step * config.tokens_per_step
-        if (step % config.eval_interval == 0 or last) and evaluated_at != step:
+        if (step % config.eval_interval == 0 or step == stable or last) and evaluated_at != step:
             data.read_meta(config.data_dir)  # still the files that the run began with?
             losses = evaluate(model, val_tokens, config.micro_batch, device, autocast, may_stop=not last)
             if losses is not None:
@@ -271,10 +259,10 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
                 say(f"  step {step:>6,} of {config.max_steps:,}: val loss {val_loss:.4f} ± {error:.4f}")
                 evaluated_at = step
         stop = machine.stop_requested()
-        if (step % config.save_interval == 0 or last or stop) and step > start_step:
+        if (step % config.save_interval == 0 or step == stable or last or stop) and step > start_step:
             state = {
                 "format": storage.FORMAT, "step": step, "tokens": tokens, "flops": tokens * flops,
-                "evaluated_at": evaluated_at, "best": best, "scaler": scaler.state_dict(),
+                "evaluated_at": evaluated_at, "best": best, "stable": step <= stable, "scaler": scaler.state_dict(),
                 "settings": settings, "versions": made_by,
             }  # fmt: skip
             files = {"trainer_state.json": state} | ({"lineage.json": lineage} if lineage else {})
@@ -282,7 +270,7 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
                 files["val_losses.json"] = {"data": settings["data"]["val"], "block_size": T, "losses": losses.tolist()}
             path = out_dir / f"step-{step:08d}"
             machine.on_rank_0(checkpoint.save, path, model, meta["tokenizer"], meta["eot"], optimizer, files)
-            machine.on_rank_0(storage.prune, out_dir, config.keep_checkpoints)
+            machine.on_rank_0(storage.prune, out_dir, config.keep_checkpoints, out_dir / f"step-{stable:08d}")
         if stop:
             saved = f"saved {path}" if step > start_step else "nothing new to save"
             raise UserError(f"stopped by {signal.Signals(stop).name}; {saved}", exit_code=128 + stop)
@@ -301,11 +289,17 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
             if config.dropout > 0:  # the same masks whenever this step is made again
                 seeds = np.random.SeedSequence([config.seed, step, rank, micro_step])
                 torch.manual_seed(int(seeds.generate_state(1)[0]))
-            x, y = data.windows(train_tokens, micro_starts, T)  # (B, T) each
+            x, y = (t.to(device) for t in data.windows(train_tokens, micro_starts, T))  # (B, T) each
             more_to_come = world_size > 1 and micro_step + 1 < accumulation
             with parallel.no_sync() if more_to_come else contextlib.nullcontext():  # average gradients once a step
                 with autocast:
-                    loss = parallel(x.to(device), y.to(device)) / accumulation
+                    if teacher is None:
+                        loss = parallel(x, y)
+                    else:
+                        with torch.no_grad():
+                            teacher_logits = teacher(x)
+                        loss = distillation_loss(parallel(x), y, teacher_logits, config.alpha, config.tau)
+                    loss = loss / accumulation
                 scaler.scale(loss).backward()
             train_loss = train_loss + loss.detach()
         scaler.unscale_(optimizer)

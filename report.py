@@ -1,4 +1,4 @@
-"""Tables and figures from what the runs of a recipe left behind: report.md, loss.png and rank.png.
+"""Tables and figures from what the runs of a recipe left behind: report.md, loss.png, arms.png and rank.png.
 
     python report.py out/demo            # writes out/demo/report.md again, from the checkpoints and metrics there
     python inheritune.py config/demo.toml  # makes all of it, and ends with this report
@@ -42,18 +42,34 @@ def val_losses(path: Path) -> np.ndarray:
     return np.array(storage.read_json(path / "val_losses.json")["losses"])
 
 
-def paired_difference(path: Path, reference: Path) -> tuple[float, float]:
-    """Mean difference of two models' losses on the same windows, and half the width of its 95% interval, in nats.
-
-    Pairing takes out what makes a window hard for both. The interval takes the windows as independent; windows of
-    one document are not quite, so the true one is somewhat wider. Raises UserError for other windows.
-    """
+def window_differences(path: Path, reference: Path) -> np.ndarray:
+    """Loss of one model minus loss of the other on every validation window (windows,). Raises UserError."""
     ours, theirs = val_losses(path), val_losses(reference)
     tokens = [storage.read_json(p / "val_losses.json").get("data") for p in (path, reference)]
     if ours.shape != theirs.shape or tokens[0] != tokens[1]:
         raise UserError(f"{path} ({len(ours)} windows) and {reference} ({len(theirs)}) were evaluated on other data")
-    mean, error = data.mean_and_error(ours - theirs)
+    return ours - theirs
+
+
+def paired_difference(paths: list[Path], references: list[Path]) -> tuple[float, float]:
+    """Mean difference of two models' losses on the same windows, and half the width of its 95% interval, in nats.
+
+    One path for each seed, each paired with that seed's reference; a window's difference is the mean over the seeds.
+    Pairing takes out what makes a window hard for both. The interval is about the windows, taken as independent:
+    those of one document are not quite, and other seeds would differ by what `spread` says. Raises UserError.
+    """
+    pairs = zip(paths, references, strict=False)  # an arm may have been trained with fewer seeds
+    mean, error = data.mean_and_error(np.mean([window_differences(*pair) for pair in pairs], axis=0))
     return mean, 1.96 * error
+
+
+def spread(paths: list[Path], references: list[Path] | None = None) -> float | None:
+    """Standard deviation over the seeds of the loss, or of its difference to the reference's; None for one seed."""
+    if len(paths) == 1:
+        return None
+    losses = [val_losses(path).mean() for path in paths]
+    theirs = [val_losses(path).mean() for path in references or []] or [0.0] * len(paths)
+    return float(np.std([a - b for a, b in zip(losses, theirs, strict=False)], ddof=1))
 
 
 @torch.no_grad()
@@ -83,31 +99,47 @@ def verdict(difference: float, interval: float, tolerance: float) -> str:
     return f"{matched}, {'better' if difference < 0 else 'worse'}"
 
 
+def curve(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and validation loss of every evaluation of a checkpoint's run."""
+    metrics = (path.parent / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [line for line in map(json.loads, metrics.splitlines()) if "val_loss" in line]
+    return np.array([line["tokens"] for line in lines]), np.array([line["val_loss"] for line in lines])
+
+
+def share_until(path: Path, loss: float) -> float | None:
+    """The share of its own steps after which a run was first seen at a validation loss or below; None: never."""
+    tokens, losses = curve(path)
+    return tokens[losses <= loss][0] / tokens[-1] if (losses <= loss).any() else None
+
+
+def mean_share_until(paths: list[Path], others: list[Path]) -> float | None:
+    """`share_until` the final loss of the other model, the mean over the seeds; None if one of them never was."""
+    shares = [share_until(a, val_losses(b).mean()) for a, b in zip(paths, others, strict=False)]
+    return None if None in shares else float(np.mean(shares))
+
+
 def rows_of(recipe: dict, out_dir: Path) -> list[dict]:
     """A row of the table for each model of a recipe, the reference first."""
-    reference = out_dir / recipe["models"][0]["path"]
-    rows = []
+    references = [out_dir / path for path in recipe["models"][0]["paths"]]
+    rows, latency = [], {}
     for model in recipe["models"]:
-        path = out_dir / model["path"]
-        config, (loss, error) = checkpoint.read_config(path), data.mean_and_error(val_losses(path))
-        difference, interval = paired_difference(path, reference)
+        paths = [out_dir / path for path in model["paths"]]
+        config, own = checkpoint.read_config(paths[0]), storage.read_json(paths[0] / "trainer_state.json")
+        loss, error = data.mean_and_error(np.mean([val_losses(path) for path in paths], axis=0))
+        difference, interval = paired_difference(paths, references)
+        if str(config) not in latency:  # it depends on the shape alone
+            latency[str(config)] = relative_latency(paths[0], references[0])
         rows.append(
             {
-                "name": model["name"], "path": path, "n_layer": config.n_layer, "n_params": config.num_params(),
-                "own_tokens": storage.read_json(path / "trainer_state.json")["tokens"], **checkpoint.cost(path),
-                "loss": loss, "error": error,
-                "difference": difference, "interval": interval, "latency": relative_latency(path, reference),
-                "verdict": "reference" if path == reference else verdict(difference, interval, recipe["tolerance"]),
+                "name": model["name"], "role": model["role"], "paths": paths, "n_layer": config.n_layer,
+                "n_params": config.num_params(), "own_tokens": own["tokens"], "own_flops": own["flops"],
+                "cost": checkpoint.cost(paths[0]), "loss": loss, "error": error,
+                "spread": spread(paths, references if rows else None), "difference": difference, "interval": interval,
+                "until": mean_share_until(paths, references), "latency": latency[str(config)],
+                "verdict": verdict(difference, interval, recipe["tolerance"]) if rows else "reference",
             }
         )  # fmt: skip
     return rows
-
-
-def curve(run_dir: Path) -> tuple[list[int], list[float]]:
-    """Tokens and validation loss of every evaluation of a run."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    evaluations = [line for line in lines if "val_loss" in line]
-    return [line["tokens"] for line in evaluations], [line["val_loss"] for line in evaluations]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -117,15 +149,20 @@ def curve(run_dir: Path) -> tuple[list[int], list[float]]:
 def table(rows: list[dict]) -> str:
     """The comparison as a Markdown table whose columns line up in a terminal too."""
     cells = [
-        ["model", "layers", "parameters", "tokens, with reference's", "FLOPs, with reference's", "val loss, nats",
-         "difference to reference, 95%", "latency", "verdict"]
+        ["model", "layers", "parameters", "tokens, own", "tokens, all", "FLOPs, all", "val loss, nats",
+         "difference to reference, 95%", "spread, seeds", "reference's loss after", "latency", "verdict"]
     ]  # fmt: skip
     for row in rows:
+        until, cost = row["until"], row["cost"]
+        reached = "never" if until is None else (
+            f"{until:.0%}: {until * row['own_tokens'] / 1e6:.2f} M, {until * row['own_flops']:.1e}"
+        )  # fmt: skip
         cells.append(
-            [row["name"], str(row["n_layer"]), f"{row['n_params'] / 1e6:.2f} M",
-             f"{row['tokens'] / 1e6:.2f} M", f"{row['flops']:.2e}",
+            [row["name"], str(row["n_layer"]), f"{row['n_params'] / 1e6:.2f} M", f"{row['own_tokens'] / 1e6:.2f} M",
+             f"{cost['tokens'] / 1e6:.2f} M" if cost else "?", f"{cost['flops']:.2e}" if cost else "?",
              f"{row['loss']:.4f} ± {row['error']:.4f}", f"{row['difference']:+.4f} ± {row['interval']:.4f}",
-             f"{row['latency']:.2f}", row["verdict"]]
+             f"{row['spread']:.4f}, {len(row['paths'])}" if row["spread"] is not None else "one seed",
+             reached, f"{row['latency']:.2f}", row["verdict"]]
         )  # fmt: skip
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     cells.insert(1, ["-" * width for width in widths])
@@ -134,14 +171,15 @@ def table(rows: list[dict]) -> str:
 
 def claims(rows: list[dict], recipe: dict, attention: dict) -> str:
     """What each claim of the paper came to here."""
-    by_role = {model["role"]: row for model, row in zip(recipe["models"], rows, strict=True)}
-    reference, target = by_role["reference"], by_role["target"]
+    by_name = {row["role"] if row["role"] in ("reference", "target") else row["name"]: row for row in rows}
+    reference, target = by_name["reference"], by_name["target"]
     ranks = [row["max_rank"] for row in attention["layers"]]
     half = (len(ranks) + 1) // 2
     early, late = np.mean(ranks[:half]), np.mean(ranks[half:] or ranks)
     lazy = sum(row["lazy"] for row in attention["layers"][half:])
     untrained = np.mean([row["max_rank"] for row in attention["untrained"]])
     smaller = target["n_layer"] < reference["n_layer"] and target["difference"] <= recipe["tolerance"]
+    ratio = f"{target['cost']['tokens'] / reference['cost']['tokens']:.1f}" if target["cost"] else "?"
     lines = [
         f"- *Deep layers are lazy*: {'yes' if lazy else 'no'}. {lazy} of the {len(ranks) - half} layers in the second "
         f"half of the reference have no head of rank {attention['lazy_below']} or more. The largest head rank is "
@@ -149,18 +187,26 @@ def claims(rows: list[dict], recipe: dict, attention: dict) -> str:
         f"full is {attention['T']}.",
         f"- *A smaller inherited model matches the reference*: {'yes' if smaller else 'no'}. "
         f"{target['n_layer']} of {reference['n_layer']} layers, difference {target['difference']:+.4f} ± "
-        f"{target['interval']:.4f} nats. It saw {target['tokens'] / reference['tokens']:.1f} times the tokens "
-        "that the reference saw, these included.",
+        f"{target['interval']:.4f} nats. It saw {ratio} times the tokens that the reference saw, these included.",
     ]
-    for model, row in zip(recipe["models"], rows, strict=True):
-        if model["role"] == "arm":
-            difference, interval = paired_difference(target["path"], row["path"])
-            answer = "within noise" if abs(difference) <= interval else "yes" if difference < 0 else "no"
-            lines.append(
-                f"- *The inherited model is better than {row['name']}*: {answer}. Difference {difference:+.4f} ± "
-                f"{interval:.4f} nats; tokens of its own {target['own_tokens'] / 1e6:.2f} M against "
-                f"{row['own_tokens'] / 1e6:.2f} M."
-            )
+    stated = recipe["claims"] or [
+        {"text": f"The inherited model is better than {row['name']}", "better": "target", "worse": row["name"]}
+        for row in rows
+        if row["role"] == "arm"
+    ]
+    for claim in stated:
+        better, worse = by_name[claim["better"]], by_name[claim["worse"]]
+        difference, interval = paired_difference(better["paths"], worse["paths"])
+        pairs = list(zip(better["paths"], worse["paths"], strict=False))
+        seeds = sum(val_losses(a).mean() < val_losses(b).mean() for a, b in pairs)
+        answer = "within noise" if abs(difference) <= interval else "yes" if difference < 0 else "no"
+        until = mean_share_until(better["paths"], worse["paths"])
+        lines.append(
+            f"- *{claim['text']}*: {answer}. {better['name']} against {worse['name']}: {difference:+.4f} ± "
+            f"{interval:.4f} nats, lower with {seeds} of {len(pairs)} seed{'s' * (len(pairs) > 1)}, at "
+            f"{better['own_tokens'] / 1e6:.2f} M against {worse['own_tokens'] / 1e6:.2f} M tokens of its own; "
+            f"{'never at' if until is None else f'after {until:.0%} of its steps at'} the other's final loss."
+        )
     return "\n".join(lines)
 
 
@@ -168,42 +214,68 @@ def claims(rows: list[dict], recipe: dict, attention: dict) -> str:
 # Figures
 
 
-def plot_losses(rows: list[dict], out_dir: Path):
-    """Validation loss against the tokens of each run's own training; a dotted line where the reference ended."""
+def new_figure(columns: int = 1, *, size: tuple[float, float]):
+    """pyplot without a display, a figure and its axes side by side."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    for i, row in enumerate(rows):
-        tokens, losses = curve(row["path"].parent)
-        style = {"color": COLORS[i % len(COLORS)], "linestyle": STYLES[i % len(STYLES)]}
-        axis.plot(np.array(tokens) / 1e6, losses, label=f"{row['name']}: {row['loss']:.3f}", marker="o", ms=3, **style)
+    figure, axes = plt.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return plt, figure, axes[0]
+
+
+def plot_losses(rows: list[dict], path: Path):
+    """Validation loss against the tokens of each run's own training, mean over the seeds; dotted: the reference's.
+
+    Of many models those with the most seeds are shown, as many as there are colours.
+    """
+    plt, figure, (axis,) = new_figure(size=(7.5, 4.5))
+    shown = sorted(rows, key=lambda row: -len(row["paths"]))[: len(COLORS)]
+    curves = [(row, *np.mean([curve(path) for path in row["paths"]], axis=0)) for row in shown]  # seeds: equal steps
+    for i, (row, tokens, losses) in enumerate(curves):
+        style = {"color": COLORS[i], "linestyle": STYLES[i % len(STYLES)]}
+        axis.plot(tokens / 1e6, losses, label=f"{row['name']}: {row['loss']:.3f}", marker="o", ms=3, **style)
     axis.axhline(rows[0]["loss"], color="#000000", linewidth=0.8, linestyle=":")
     # the first evaluations of random weights would squeeze the part that matters
-    highest = max(curve(row["path"].parent)[1][1] for row in rows)  # each has a first and a last evaluation
-    lowest = min(row["loss"] for row in rows)
+    highest = max(losses[min(2, len(losses) - 1)] for _, _, losses in curves)
+    lowest = min(row["loss"] for row in shown)
     axis.set(xlabel="tokens of its own training, millions", ylabel="validation loss, nats a token")
     axis.set_ylim(lowest - 0.05 * (highest - lowest), highest + 0.05 * (highest - lowest))
     axis.legend(frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out_dir / "loss.png", dpi=120)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_arms(rows: list[dict], path: Path):
+    """Every model's difference to the reference with its 95% interval, best first; small rings: each seed's."""
+    plt, figure, (axis,) = new_figure(size=(8, 1 + 0.3 * len(rows)))
+    references, ordered = rows[0]["paths"], sorted(rows[1:], key=lambda row: -row["difference"])
+    for y, row in enumerate(ordered):
+        color = COLORS[1] if row["role"] == "target" else COLORS[0]
+        for ours, theirs in zip(row["paths"], references, strict=False):
+            axis.plot(val_losses(ours).mean() - val_losses(theirs).mean(), y, "o", ms=4, mfc="none", color="#999999")
+        axis.errorbar(row["difference"], y, xerr=row["interval"], fmt="D", ms=5, capsize=3, color=color)
+    labels = [f"{row['name']} ({row['n_layer']} layers, {row['own_tokens'] / 1e6:.1f} M tokens)" for row in ordered]
+    axis.set_yticks(range(len(ordered)), labels)
+    axis.axvline(0, color="#000000", linewidth=0.8, linestyle=":")
+    axis.set(
+        xlabel=f"validation loss minus the reference's ({rows[0]['n_layer']} layers), nats a token; left is better"
+    )
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def plot_ranks(attention: dict[str, dict], path: Path):
     """Rank and columns by layer of the reference, the target and the untrained control."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
     reference = attention["reference"]
     lines = [("reference", reference["layers"]), ("inherited target", attention["target"]["layers"])]
     lines.append(("untrained", reference["untrained"]))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    plt, figure, axes = new_figure(2, size=(10, 4))
     for axis, measure, label in zip(axes, ("max_rank", "max_columns"), ("rank k*", "columns c*"), strict=True):
         for i, (name, layers) in enumerate(lines):
             x = [row["layer"] for row in layers]
@@ -213,7 +285,6 @@ def plot_ranks(attention: dict[str, dict], path: Path):
             axis.fill_between(x, mean - error, mean + error, color=COLORS[i], alpha=0.2, linewidth=0)
         axis.set(xlabel="layer", ylabel=f"{label}, largest of the heads", ylim=(0, None))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
     figure.suptitle(f"T = {reference['T']}, τ = {reference['tau']}, n = {reference['sequences']} sequences, ± 1 s.e.")
     figure.savefig(path, dpi=120)
@@ -226,24 +297,26 @@ def report(out_dir: str | Path) -> Path:
     if not (out_dir / "recipe.json").is_file():
         raise UserError(f"{out_dir}/recipe.json: not found; finish the recipe with: python inheritune.py PRESET.toml")
     recipe = storage.read_json(out_dir / "recipe.json")
+    run_of = {model["role"]: Path(model["paths"][0]).parent for model in recipe["models"]}  # of the first seed
     attention = {
-        model["role"]: storage.read_json((out_dir / model["path"]).parent / "attention" / "attention.json")
-        for model in recipe["models"]
-        if model["role"] in ("reference", "target")
+        role: storage.read_json(out_dir / run_of[role] / "attention" / "attention.json")
+        for role in ("reference", "target")
     }
     rows = rows_of(recipe, out_dir)
-    plot_losses(rows, out_dir)
+    plot_losses(rows, out_dir / "loss.png")
+    plot_arms(rows, out_dir / "arms.png")
     plot_ranks(attention, out_dir / "rank.png")
     made_by = ", ".join(f"{key} {value}" for key, value in recipe["made_by"].items())
-    target = next(Path(model["path"]).parent for model in recipe["models"] if model["role"] == "target")
     text = f"""# {out_dir.name}
 
 {table(rows)}
 
-Loss: over {len(val_losses(rows[0]["path"]))} fixed validation windows of {attention["reference"]["T"]} tokens, ±
+Loss: over {len(val_losses(rows[0]["paths"][0]))} fixed validation windows of {attention["reference"]["T"]} tokens, ±
 standard error. Difference: paired over the windows, with its 95% interval. Matched: a mean difference of at most
-{recipe["tolerance"]} nats. Tokens and FLOPs (6 for each weight and token, and attention) count the reference's
-training wherever a model inherits from it. Latency: a forward pass of one sequence on the CPU, the reference's being 1.
+{recipe["tolerance"]} nats. With several seeds these are means, and the spread is the standard deviation over them of
+the difference (reference: of its loss). Own: what a model was trained on; all: with what it was inherited or distilled
+from. FLOPs: 6 for each weight and token, and attention. Reference's loss after: the share of its own steps, tokens and
+FLOPs at which a model was first seen at that loss. Latency: one sequence forward on the CPU, the reference's being 1.
 
 ## What the paper's claims came to here
 
@@ -253,13 +326,16 @@ training wherever a model inherits from it. Latency: a forward pass of one seque
 
 ![validation loss against tokens](loss.png)
 
+![difference to the reference of every model](arms.png)
+
 ## Attention rank and columns by layer
 
 ![rank and columns by layer](rank.png)
 
 k*: the least number of singular directions with {attention["reference"]["tau"]:.0%} of the squared singular values.
-c*: the fewest columns with that share of the squared entries, our reading of the paper's "90% total mass". Both
-depend on T. Per head: [reference](reference/attention/attention.png), [target]({target}/attention/attention.png).
+c*: the fewest columns with that share of the squared entries, our reading of the paper's "90% total mass". Both depend
+on T. Per head: [reference]({run_of["reference"]}/attention/attention.png),
+[target]({run_of["target"]}/attention/attention.png).
 
 Made by: {made_by}.
 """

@@ -89,15 +89,18 @@ class TrainConfig:
 
     def __post_init__(self):
         counts = "tokens_per_step max_steps micro_batch eval_interval save_interval keep_checkpoints log_interval"
-        warmup_at_most = stable_steps(self) if self.schedule == "wsd" else self.max_steps
         bounds = dict.fromkeys(counts.split(), (1, math.inf)) | {
-            "warmup_steps": (0, warmup_at_most), "lr": (0, 1e6), "min_lr": (0, self.lr), "seed": (0, 2**32 - 1),
+            "warmup_steps": (0, self.max_steps), "lr": (0, 1e6), "min_lr": (0, self.lr), "seed": (0, 2**32 - 1),
             "beta1": (0, 0.999999), "beta2": (0, 0.999999), "grad_clip": (0, 1e6), "weight_decay": (0, 1e6),
             "decay_fraction": (0, 1), "alpha": (0, 1), "tau": (1e-3, 1e3),
         }  # fmt: skip
         for key, (least, most) in bounds.items():
             if not least <= getattr(self, key) <= most:  # written so that nan is out of bounds too
                 raise UserError(f"{key} is {getattr(self, key)}, expected {least} to {most}")
+        if self.schedule == "wsd" and self.warmup_steps > stable_steps(self):
+            raise UserError(
+                f"warmup_steps {self.warmup_steps} end after the decay begins, at step {stable_steps(self)}"
+            )
         for key in filter(None, self.override.split(",")):
             configurator.check_key(key, [*self.__dataclass_fields__, "data"], "override")
         if self.eval_only and self.init_from == "scratch":

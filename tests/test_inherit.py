@@ -120,10 +120,34 @@ def test_a_layer_that_moves_under_the_inverse_layer_scale_is_warned_about(tmp_pa
     assert "warning: layer i of this model divides its attention logits" in capsys.readouterr().out
 
 
+def test_layers_of_a_second_checkpoint_go_on_top(source, tmp_path):
+    checkpoint.save(tmp_path / "other", random_model(seed=1, n_layer=4, dtype=torch.float32), "bytes", 0)
+    other = tmp_path / "other"
+    out = inherit.inherit(other, "0:2", tmp_path / "out", top=source, top_layers="2:4,0")
+    ours, theirs, tops = weights(out), weights(other), weights(source)
+    assert checkpoint.read_config(out).n_layer == 5
+    for key, tensor in ours.items():
+        layer = int(key.split(".")[2]) if ".h." in key else None
+        moved = {2: 2, 3: 3, 4: 0}.get(layer)
+        expected = theirs[key] if moved is None else tops[key.replace(f".h.{layer}.", f".h.{moved}.")]
+        assert torch.equal(tensor, expected), key
+    origin = json.loads((out / "lineage.json").read_text())["tensors"]
+    assert origin["transformer.h.4.ln_1.weight"] == "top:transformer.h.0.ln_1.weight"
+    assert origin["transformer.h.1.ln_1.weight"] == "transformer.h.1.ln_1.weight"
+
+
+def test_the_top_must_have_the_same_shape(source, tmp_path):
+    checkpoint.save(tmp_path / "narrow", random_model(n_embd=16), "bytes", 0)
+    with pytest.raises(UserError, match="cannot go on top of .*config.json differs in n_embd"):
+        inherit.inherit(source, ":", tmp_path / "out", top=tmp_path / "narrow", top_layers="0:1")
+
+
 def test_the_cost_of_a_reference_is_carried_along(reference, tmp_path):
     first = inherit.inherit(reference, "0:2", tmp_path / "first")
     state = json.loads((storage.latest(reference) / "trainer_state.json").read_text())
-    assert json.loads((first / "lineage.json").read_text())["cost"] == {k: state[k] for k in ("tokens", "flops")}
+    spent = {key: state[key] for key in ("tokens", "flops")}
+    assert list(json.loads((first / "lineage.json").read_text())["ancestors"].values()) == [spent]
+    assert checkpoint.cost(first) == spent
     assert not (first / "optimizer.safetensors").exists() and not (first / "trainer_state.json").exists()
 
 

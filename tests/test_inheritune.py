@@ -30,7 +30,7 @@ name = "random"
 
 [[inheritune.arms]]
 name = "random, twice the steps"
-step_factor = 2
+steps = 2
 """
 
 
@@ -53,15 +53,15 @@ def test_rounds_go_on_until_one_matches_and_arms_have_its_size(tmp_path, data_di
     """The difference is set here (it has no reason to fall with k in so few steps); all else is real."""
     by_layers = {1: (0.3, 0.1), 2: (0.2, 0.3), 3: (-0.01, 0.1)}
 
-    def difference(path, _):
-        return by_layers[checkpoint.read_config(path).n_layer]
+    def difference(paths, _):
+        return by_layers[checkpoint.read_config(paths[0]).n_layer]
 
     monkeypatch.setattr(inheritune, "paired_difference", difference)
     arguments = [*preset(tmp_path, 0.0), f"--data_dir={data_dir}", "--max_steps=4"]
     assert call_script(inheritune, *arguments) == 0
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
     roles = [
-        (model["role"], int(checkpoint.read_config(tmp_path / "out" / model["path"]).n_layer))
+        (model["role"], int(checkpoint.read_config(tmp_path / "out" / model["paths"][0]).n_layer))
         for model in recipe["models"]
     ]
     assert roles == [("reference", 4), ("round", 1), ("round", 2), ("target", 3), ("arm", 3), ("arm", 3)]
@@ -73,14 +73,15 @@ def test_without_a_match_the_rounds_end_at_the_reference_s_size(finished):
     roles = [model["role"] for model in recipe["models"]]
     n_rounds = roles.count("round") + 1
     assert roles == ["reference", *["round"] * (n_rounds - 1), "target", "arm", "arm"]
-    layers = [checkpoint.read_config(out_dir / model["path"]).n_layer for model in recipe["models"]]
+    layers = [checkpoint.read_config(out_dir / model["paths"][0]).n_layer for model in recipe["models"]]
     k = layers[n_rounds]
     assert layers == [4, *range(1, k + 1), k, k]
-    reference = out_dir / recipe["models"][0]["path"]
+    reference = out_dir / recipe["models"][0]["paths"][0]
     differences = [
-        report.paired_difference(out_dir / m["path"], reference)[0] for m in recipe["models"][1 : n_rounds + 1]
+        report.paired_difference([out_dir / m["paths"][0]], [reference])[0] for m in recipe["models"][1 : n_rounds + 1]
     ]
     assert all(d > TOLERANCE for d in differences) and k == 4
+    assert "not matched" in next(s for s in (out_dir / "report.md").read_text().splitlines() if "inherited, 4 la" in s)
     assert "*A smaller inherited model matches the reference*: no." in (out_dir / "report.md").read_text()
 
 
@@ -95,7 +96,7 @@ def test_each_round_starts_from_the_reference_s_first_layers(finished):
     ):
         assert torch.equal(p, q), name
     lineage = storage.read_json(storage.latest(out_dir / "inherited-1") / "lineage.json")
-    assert lineage["layers"] == [0] and lineage["cost"]["tokens"] == 20 * 256
+    assert lineage["layers"] == [0] and [run["tokens"] for run in lineage["ancestors"].values()] == [20 * 256]
 
 
 def test_the_report_has_every_model_with_numbers_that_follow_from_the_runs(finished, capsys):
@@ -108,11 +109,18 @@ def test_the_report_has_every_model_with_numbers_that_follow_from_the_runs(finis
         line = next(line for line in text.splitlines() if line.startswith(f"| {model['name']} "))
         assert line in printed
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        last = [entry for entry in read_metrics((out_dir / model["path"]).parent) if "val_loss" in entry][-1]
-        assert cells[5] == f"{last['val_loss']:.4f} ± {last['val_se']:.4f}"
-        steps = {"reference": 20, "round": 40, "target": 40}.get(model["role"], 40 if "twice" in model["name"] else 20)
-        assert cells[3] == f"{steps * 256 / 1e6:.2f} M"
-    target = next(model["path"] for model in recipe["models"] if model["role"] == "target").split("/")[0]
+        evaluations, reference = (
+            [entry for entry in read_metrics((out_dir / path).parent) if "val_loss" in entry]
+            for path in (model["paths"][0], recipe["models"][0]["paths"][0])
+        )
+        last, own = evaluations[-1], 40 if "twice" in model["name"] else 20
+        assert cells[6] == f"{last['val_loss']:.4f} ± {last['val_se']:.4f}"
+        assert cells[7].startswith(f"{last['val_loss'] - reference[-1]['val_loss']:+.4f} ± ")
+        before = 20 if model["role"] in ("round", "target") else 0
+        assert cells[3:5] == [f"{own * 256 / 1e6:.2f} M", f"{(own + before) * 256 / 1e6:.2f} M"]
+        reached = [entry["step"] for entry in evaluations if entry["val_loss"] <= reference[-1]["val_loss"]]
+        assert cells[9].split(":")[0] == (f"{reached[0] / own:.0%}" if reached else "never")
+    target = next(model["paths"][0] for model in recipe["models"] if model["role"] == "target").split("/")[0]
     for figure in ("loss.png", "rank.png", "reference/attention/attention.png", f"{target}/attention/attention.png"):
         assert figure in text and (out_dir / figure).read_bytes().startswith(b"\x89PNG")
     assert "Deep layers are lazy" in text and "matches the reference" in text
@@ -161,7 +169,7 @@ def test_the_recipe_works_under_torchrun(tmp_path, data_dir):
         (["--start_layers=0"], "start_layers is 0"),
         (["--sequences=0"], "sequences is 0"),
         (["--tolerance=nan"], "tolerance is nan"),
-        (["--init_from=gpt2"], "init_from, eval_only and override are for train.py"),
+        (["--init_from=gpt2"], "init_from, eval_only, override and teacher are for train.py"),
         (["--expnd_by=1"], "did you mean 'expand_by'"),
         (["--data_dir=nowhere"], "data directory nowhere does not exist"),
     ],
@@ -175,18 +183,39 @@ def test_a_mistake_is_one_line(finished, capsys, wrong, words):
 @pytest.mark.parametrize(
     "arms,words",
     [
-        (["random", "Random!"], "a name of its own"),
-        (["!!"], "a name of its own"),
-        (["random", "random"], "a name of its own"),
+        ([{"name": "random"}, {"name": "Random!"}], "a name of its own"),
+        ([{"name": "!!"}], "a name of its own"),
+        ([{"name": "target"}], "a name of its own"),
+        ([{"name": "a", "layers": "0:m"}], "expected numbers, k, n and"),
+        ([{"name": "a", "layers": "0:k/0"}], "layers '0:k/0': "),
+        ([{"name": "a", "layers": "0:(k"}], r"layers '0:\(k': "),
+        ([{"name": "a", "layers": "0:n+1"}], "does not lie in 0:12"),
+        ([{"name": "a", "layers": ":", "source": "b"}, {"name": "b"}], "source 'b' is neither an arm above it"),
+        ([{"name": "a", "teacher": "b"}], "teacher 'b' is neither"),
+        ([{"name": "a", "steps": 0}], "steps 0"),
+        ([{"name": "a", "seeds": 2}], "seeds 2; expected more than 0, and 1 to all"),
+        ([{"name": "a", "settings": {"n_embed": 1}}], "unknown key 'n_embed'; did you mean 'n_embd'"),
+        ([{"name": "a", "settings": {"lr": "fast"}}], "arm 'a': lr = 'fast'"),
     ],
 )
-def test_arms_cannot_share_a_directory(arms, words):
+def test_an_arm_that_could_not_be_trained_is_refused_at_once(arms, words):
     with pytest.raises(UserError, match=words):
-        inheritune.RecipeConfig(arms=[inheritune.Arm(name) for name in arms])
+        inheritune.RecipeConfig(arms=[inheritune.Arm(**arm) for arm in arms])
+
+
+@pytest.mark.parametrize(
+    "text,k,n,layers",
+    [
+        ("0:k", 4, 12, "0:4"), ("n-k:n", 4, 12, "8:12"), ("0:k/2,0:k/2", 6, 12, "0:3,0:3"), ("::2", 4, 12, "::2"),
+        ("0 : (k+1)/2, 0:k/2", 9, 18, "0:5,0:4"), (":", 4, 12, ":"), ("n", 4, 12, "12"), ("k/2*2", 5, 9, "4"),
+    ],
+)  # fmt: skip
+def test_layers_are_arithmetic_on_k_and_n(text, k, n, layers):
+    assert inheritune.with_numbers(text, k, n) == layers
 
 
 def test_an_arm_of_any_name_is_never_the_target_itself():
-    assert inheritune.Arm("inherited").directory(4) == "arm-inherited-4"
+    assert inheritune.slug("Inherited, 4!") == "inherited-4"  # and arm- before it
 
 
 def test_another_target_is_analyzed_and_not_the_old_analysis_shown(finished, tmp_path):
@@ -194,7 +223,7 @@ def test_another_target_is_analyzed_and_not_the_old_analysis_shown(finished, tmp
     assert call_script(inheritune, *finished[1], f"--out_dir={out_dir}", "--tolerance=10", "--sequences=2") == 0
     recipe = json.loads((out_dir / "recipe.json").read_text())
     target = next(model for model in recipe["models"] if model["role"] == "target")
-    assert target["path"].startswith("inherited-1/") and recipe["tolerance"] == 10
+    assert target["paths"][0].startswith("inherited-1/") and recipe["tolerance"] == 10
     found = json.loads((out_dir / "inherited-1" / "attention" / "attention.json").read_text())
     assert found["sequences"] == 2 and len(found["layers"]) == 1
     reference = json.loads((out_dir / "reference" / "attention" / "attention.json").read_text())
@@ -205,7 +234,7 @@ def test_what_another_reference_left_is_never_taken_for_this_one_s(finished, tmp
     out_dir = shutil.copytree(finished[0], tmp_path / "out")
     shutil.rmtree(out_dir / "reference")
     assert call_script(inheritune, *finished[1], f"--out_dir={out_dir}", "--seed=7") == 2
-    assert "inherited-1/init was inherited from another reference" in capsys.readouterr().err
+    assert "inherited-1/init was inherited from another model" in capsys.readouterr().err
     shutil.rmtree(out_dir / "inherited-1" / "init")
     assert call_script(inheritune, *finished[1], f"--out_dir={out_dir}", "--seed=7") == 2
     assert "cannot resume" in capsys.readouterr().err
@@ -224,7 +253,7 @@ def test_models_evaluated_on_other_data_are_not_compared(tmp_path):
     a, b = write_losses(tmp_path / "a", [1, 2, 3]), write_losses(tmp_path / "b", [1, 2, 4])
     (b / "val_losses.json").write_text(json.dumps({"losses": [1, 2, 4], "data": "another"}))
     with pytest.raises(UserError, match="other data"):
-        report.paired_difference(a, b)
+        report.paired_difference([a], [b])
 
 
 def test_a_report_without_a_recipe_is_one_line(tmp_path, capsys):
@@ -246,12 +275,12 @@ def test_pairing_sees_a_difference_that_is_smaller_than_the_spread(tmp_path):
     hard = random.normal(3, 1, 400)  # how hard each window is, for any model
     better = hard - 0.02 + random.normal(0, 0.05, 400)
     a, b = write_losses(tmp_path / "a", better), write_losses(tmp_path / "b", hard)
-    difference, interval = report.paired_difference(a, b)
+    difference, interval = report.paired_difference([a], [b])
     assert difference == pytest.approx(np.mean(better - hard)) and abs(difference + 0.02) < interval < 0.006
     assert interval == pytest.approx(1.96 * np.std(better - hard, ddof=1) / math.sqrt(400))
     assert report.verdict(difference, interval, 0.0) == "matched, better"
     with pytest.raises(UserError, match=r"\(3 windows\) and .* were evaluated on other data"):
-        report.paired_difference(write_losses(tmp_path / "c", [1, 2, 3]), b)
+        report.paired_difference([write_losses(tmp_path / "c", [1, 2, 3])], [b])
 
 
 @pytest.mark.parametrize(

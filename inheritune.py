@@ -191,6 +191,13 @@ def recipe(config: RecipeConfig):
     def compare(name: str, role: str, paths: list[Path]):
         models.append({"name": name, "role": role, "paths": [str(path.relative_to(out_dir)) for path in paths]})
 
+    def write_report():
+        made_by = versions(pick_device(config.device)) | {"seeds": config.seeds or [config.seed]}
+        claims = [vars(claim) for claim in config.claims]
+        content = {"models": models, "tolerance": config.tolerance, "claims": claims, "made_by": made_by}
+        storage.replace_json(out_dir / "recipe.json", content)
+        return report(out_dir)
+
     # ---- reference
     references = [seed.train(Arm("reference", n_layer=n), "reference", n, n) for seed in seeds]
     attention = on_rank_0(measure_attention, config, references[0])
@@ -219,21 +226,14 @@ def recipe(config: RecipeConfig):
         grown, k = k, min(k + config.expand_by, n)
     models[-1]["role"] = "target"
     on_rank_0(measure_attention, config, targets[0])
+    text = on_rank_0(write_report)  # and again after each arm: what there is can be read, whatever comes
 
     # ---- arms
     for arm in config.arms:
         paths = [seed.train(arm, f"arm-{slug(arm.name)}-{k}", k, n) for seed in seeds[: arm.seeds]]
         compare(arm.name, "arm", paths)
-
-    # ---- report
-    def finish():
-        made_by = versions(pick_device(config.device)) | {"seeds": config.seeds or [config.seed]}
-        claims = [vars(claim) for claim in config.claims]
-        content = {"models": models, "tolerance": config.tolerance, "claims": claims, "made_by": made_by}
-        storage.replace_json(out_dir / "recipe.json", content)
-        report(out_dir)
-
-    on_rank_0(finish)
+        text = on_rank_0(write_report)
+    on_rank_0(print, text)
 
 
 def measure_attention(config: RecipeConfig, model: Path) -> dict:

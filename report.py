@@ -21,9 +21,7 @@ import configurator
 import data
 import storage
 from configurator import UserError
-
-COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")  # Okabe and Ito
-STYLES = ("-", "-", "--", ":", "-.")
+from figures import plot_arms, plot_losses, plot_ranks
 
 
 @dataclass
@@ -135,6 +133,9 @@ def rows_of(recipe: dict, out_dir: Path) -> list[dict]:
                 "n_params": config.num_params(), "own_tokens": own["tokens"], "own_flops": own["flops"],
                 "cost": checkpoint.cost(paths[0]), "loss": loss, "error": error,
                 "spread": spread(paths, references if rows else None), "difference": difference, "interval": interval,
+                "curve": np.mean([curve(path) for path in paths], axis=0), "each": [
+                    window_differences(*pair).mean() for pair in zip(paths, references, strict=False)
+                ],
                 "until": mean_share_until(paths, references), "latency": latency[str(config)],
                 "verdict": verdict(difference, interval, recipe["tolerance"]) if rows else "reference",
             }
@@ -195,6 +196,8 @@ def claims(rows: list[dict], recipe: dict, attention: dict) -> str:
         if row["role"] == "arm"
     ]
     for claim in stated:
+        if not {claim["better"], claim["worse"]} <= by_name.keys():
+            continue  # an arm that is still to come
         better, worse = by_name[claim["better"]], by_name[claim["worse"]]
         difference, interval = paired_difference(better["paths"], worse["paths"])
         pairs = list(zip(better["paths"], worse["paths"], strict=False))
@@ -211,88 +214,11 @@ def claims(rows: list[dict], recipe: dict, attention: dict) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Figures
+# The report
 
 
-def new_figure(columns: int = 1, *, size: tuple[float, float]):
-    """pyplot without a display, a figure and its axes side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-    return plt, figure, axes[0]
-
-
-def plot_losses(rows: list[dict], path: Path):
-    """Validation loss against the tokens of each run's own training, mean over the seeds; dotted: the reference's.
-
-    Of many models those with the most seeds are shown, as many as there are colours.
-    """
-    plt, figure, (axis,) = new_figure(size=(7.5, 4.5))
-    shown = sorted(rows, key=lambda row: -len(row["paths"]))[: len(COLORS)]
-    curves = [(row, *np.mean([curve(path) for path in row["paths"]], axis=0)) for row in shown]  # seeds: equal steps
-    for i, (row, tokens, losses) in enumerate(curves):
-        style = {"color": COLORS[i], "linestyle": STYLES[i % len(STYLES)]}
-        axis.plot(tokens / 1e6, losses, label=f"{row['name']}: {row['loss']:.3f}", marker="o", ms=3, **style)
-    axis.axhline(rows[0]["loss"], color="#000000", linewidth=0.8, linestyle=":")
-    # the first evaluations of random weights would squeeze the part that matters
-    highest = max(losses[min(2, len(losses) - 1)] for _, _, losses in curves)
-    lowest = min(row["loss"] for row in shown)
-    axis.set(xlabel="tokens of its own training, millions", ylabel="validation loss, nats a token")
-    axis.set_ylim(lowest - 0.05 * (highest - lowest), highest + 0.05 * (highest - lowest))
-    axis.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def plot_arms(rows: list[dict], path: Path):
-    """Every model's difference to the reference with its 95% interval, best first; small rings: each seed's."""
-    plt, figure, (axis,) = new_figure(size=(8, 1 + 0.3 * len(rows)))
-    references, ordered = rows[0]["paths"], sorted(rows[1:], key=lambda row: -row["difference"])
-    for y, row in enumerate(ordered):
-        color = COLORS[1] if row["role"] == "target" else COLORS[0]
-        for ours, theirs in zip(row["paths"], references, strict=False):
-            axis.plot(val_losses(ours).mean() - val_losses(theirs).mean(), y, "o", ms=4, mfc="none", color="#999999")
-        axis.errorbar(row["difference"], y, xerr=row["interval"], fmt="D", ms=5, capsize=3, color=color)
-    labels = [f"{row['name']} ({row['n_layer']} layers, {row['own_tokens'] / 1e6:.1f} M tokens)" for row in ordered]
-    axis.set_yticks(range(len(ordered)), labels)
-    axis.axvline(0, color="#000000", linewidth=0.8, linestyle=":")
-    axis.set(
-        xlabel=f"validation loss minus the reference's ({rows[0]['n_layer']} layers), nats a token; left is better"
-    )
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def plot_ranks(attention: dict[str, dict], path: Path):
-    """Rank and columns by layer of the reference, the target and the untrained control."""
-    from matplotlib.ticker import MaxNLocator
-
-    reference = attention["reference"]
-    lines = [("reference", reference["layers"]), ("inherited target", attention["target"]["layers"])]
-    lines.append(("untrained", reference["untrained"]))
-    plt, figure, axes = new_figure(2, size=(10, 4))
-    for axis, measure, label in zip(axes, ("max_rank", "max_columns"), ("rank k*", "columns c*"), strict=True):
-        for i, (name, layers) in enumerate(lines):
-            x = [row["layer"] for row in layers]
-            mean, error = (np.array([row[measure + end] for row in layers]) for end in ("", "_se"))
-            style = {"color": COLORS[i], "linestyle": ("-", "-", "--")[i], "marker": "os^"[i]}
-            axis.plot(x, mean, label=name, **style)
-            axis.fill_between(x, mean - error, mean + error, color=COLORS[i], alpha=0.2, linewidth=0)
-        axis.set(xlabel="layer", ylabel=f"{label}, largest of the heads", ylim=(0, None))
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0].legend(frameon=False)
-    figure.suptitle(f"T = {reference['T']}, τ = {reference['tau']}, n = {reference['sequences']} sequences, ± 1 s.e.")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def report(out_dir: str | Path) -> Path:
-    """Write report.md and its figures; return its path. Raises UserError where a recipe is not complete."""
+def report(out_dir: str | Path) -> str:
+    """Write report.md and its figures; return its numbers as text. Raises UserError where there is no target yet."""
     out_dir = Path(out_dir)
     if not (out_dir / "recipe.json").is_file():
         raise UserError(f"{out_dir}/recipe.json: not found; finish the recipe with: python inheritune.py PRESET.toml")
@@ -341,12 +267,11 @@ Made by: {made_by}.
 """
     path = out_dir / "report.md"
     path.write_text(text, encoding="utf-8")
-    print(f"\n{table(rows)}\n\n{claims(rows, recipe, attention['reference'])}\n\nreport: {path}")
-    return path
+    return f"\n{table(rows)}\n\n{claims(rows, recipe, attention['reference'])}\n\nreport: {path}"
 
 
 def main():
-    report(configurator.load(ReportConfig).out_dir)
+    print(report(configurator.load(ReportConfig).out_dir))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 The files of a checkpoint:
 
     config.json            GPT2Config's fields, and ours: bias, tokenizer
+    tokenizer.json         and tokenizer_config.json: the tokenizer itself, for transformers (see hf_tokenizer.py)
     model.safetensors      float32, GPT-2's keys, Conv1D layout (in, out), the tied head stored once
     optimizer.safetensors  "<key>|exp_avg", "<key>|exp_avg_sq", "<key>|step", in the layout of the weights
     trainer_state.json     step, settings, data, versions
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+import hf_tokenizer
 from configurator import UserError
 from model import GPT, GPTConfig
 from storage import FORMAT, TensorFiles, latest, publish, read_json, resolve, steps, write_json, write_tensors
@@ -130,12 +132,13 @@ def save(path: str | Path, model: GPT, tokenizer: str, eot: int, optimizer=None,
         if not value.isfinite().all():
             raise UserError(f"{path} was not written: {key} holds values that are not finite", exit_code=1)
 
+    files = hf_tokenizer.files(tokenizer, model.config.block_size) | (files or {})
     with publish(path) as directory:
         write_json(directory / "config.json", hf_config(model.config, tokenizer, eot))
         write_tensors(directory / "model.safetensors", weights, weights.get)
         if optimizer:
             write_tensors(directory / "optimizer.safetensors", moments, moments.get)
-        for name, content in (files or {}).items():
+        for name, content in files.items():
             write_json(directory / name, content)
 
 

@@ -128,7 +128,8 @@ def test_files_reach_the_disk_before_the_manifest_and_the_manifest_before_the_na
     monkeypatch.setattr(storage, "write_json", lambda p, v: events.append(("write", p.name)) or write_json(p, v))
     checkpoint.save(tmp_path / "step-00000001", random_model(n_layer=1), "bytes", 0)
     manifest = events.index(("write", "manifest.json"))
-    assert {name for kind, name in events[:manifest] if kind == "fsync"} == {"config.json", "model.safetensors"}
+    files = {path.name for path in (tmp_path / "step-00000001").iterdir()} - {"manifest.json"}
+    assert {name for kind, name in events[:manifest] if kind == "fsync"} == files and len(files) == 4
     partial = events[manifest + 2][1]
     expected = [("fsync", "manifest.json"), ("fsync", partial), ("rename", "step-00000001"), ("fsync", tmp_path.name)]
     assert events[manifest + 1 :] == expected and partial.startswith(f".tmp-step-00000001-{os.getpid()}-")

@@ -1,0 +1,170 @@
+"""config/ and runs/: every preset loads, its arithmetic is right, the scripts do what their headers say."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from conftest import ROOT
+
+import configurator
+from inheritune import RecipeConfig
+from model import GPTConfig
+from train import TrainConfig
+
+PRESETS = sorted(path.stem for path in (ROOT / "config").glob("*.toml"))
+RUNS = sorted(path.stem for path in (ROOT / "runs").glob("*gpt2-*.sh"))
+SHAPES = {  # layers, heads, width, millions of parameters
+    "gpt2-medium": (24, 16, 1024, 355),
+    "gpt2-large": (36, 20, 1280, 774),
+    "gpt2-xl": (48, 25, 1600, 1557),  # 1,558 with OpenAI's biases and without padding
+    "gpt2-large-32": (32, 20, 1280, 695),  # the paper says 680
+}
+PEAK = {"H100": 989e12, "A100": 312e12}  # bf16, dense
+
+
+def load(preset: str, script: str, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+    config = {"train": TrainConfig, "inheritune": RecipeConfig}[script]
+    return configurator.load(config, [str(ROOT / f"config/{preset}.toml")])
+
+
+def gpt_config(config) -> GPTConfig:
+    names = GPTConfig.__dataclass_fields__
+    return GPTConfig(**{name: value for name in names if (value := getattr(config, name)) is not None})
+
+
+@pytest.mark.parametrize("script", ["train", "inheritune"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_loads_for_both_scripts(preset, script, monkeypatch):
+    config = load(preset, script, monkeypatch)
+    assert config.out_dir == f"out/{preset}" and config.tokens_per_step % gpt_config(config).block_size == 0
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_holds_only_what_differs_from_the_defaults(preset):
+    table = tomllib.loads((ROOT / f"config/{preset}.toml").read_text())
+    own = table.pop("inheritune")
+    values = table | {key: value for key, value in own.items() if key not in ("arms", "start_layers", "expand_by")}
+    same = [key for key, value in values.items() if RecipeConfig.__dataclass_fields__[key].default == value]
+    same += [key for key, value in table.items() if getattr(GPTConfig, key, None) == value]
+    assert same == []
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_paper_s_preset_has_the_paper_s_model_and_training(name, monkeypatch):
+    config, fineweb = load(name, "inheritune", monkeypatch), name.startswith("fineweb-")
+    model = gpt_config(config)
+    n_layer, n_head, n_embd, millions = SHAPES[name.removeprefix("fineweb-")]
+    assert (model.n_layer, model.n_head, model.n_embd) == (n_layer, n_head, n_embd)
+    assert round(model.num_params() / 1e6) == millions
+    assert f"{millions:,} million parameters" in (ROOT / f"config/{name}.toml").read_text()
+    assert (model.block_size, model.vocab_size, model.bias, model.dropout) == (1024, 50304, False, 0.0)
+    assert model.scale_attn_by_inverse_layer_idx
+    assert (config.max_steps, config.warmup_steps, config.min_lr) == (100_000, 2_000, 1e-5)
+    assert (config.weight_decay, config.grad_clip, config.beta1) == (0.1, 1.0, 0.9)
+    assert (config.tokens_per_step, config.beta2) == ((61_440, 0.999) if fineweb else (49_152, 0.95))
+    assert config.data_dir == ("data/fineweb-edu" if fineweb else "data/openwebtext")
+    assert config.start_layers == {"gpt2-large": 18, "gpt2-xl": 24, "gpt2-medium": 12}.get(name, 16)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_step_can_be_split_among_the_processes_that_the_script_names(name, monkeypatch):
+    config = load(name, "inheritune", monkeypatch)
+    script = (ROOT / f"runs/{name}.sh").read_text()
+    counts, other, other_count = re.search(
+        r"GPUS=1 .*# ([\d, or]+\d)(?:; with --micro_batch=(\d+) also (\d+))?\n", script
+    ).groups()
+    default = re.search(r"--nproc_per_node=\"\$\{GPUS:-(\d+)\}\"", script)[1]
+    assert default in re.findall(r"\d+", counts) and f"# on {default} GPUs\n" in script
+    splits = [(int(n), config.micro_batch) for n in re.findall(r"\d+", counts)]
+    splits += [(int(other_count), int(other))] if other else []
+    for processes, micro_batch in splits:
+        assert config.tokens_per_step % (1024 * processes * micro_batch) == 0, (processes, micro_batch)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_hours_in_a_script_s_header_follow_from_the_flops(name, monkeypatch):
+    config, script = load(name, "inheritune", monkeypatch), (ROOT / f"runs/{name}.sh").read_text()
+    assert "ESTIMATED, not measured" in script and f"{config.tokens_per_step:,} tokens x steps" in script
+    number = r"\s+([\d.e+]+)"
+    rows = re.findall(rf"^#   (\w[^#\n]*?)\s+(\d+)\s+(\d+){number * 4}$", script, flags=re.MULTILINE)
+    total = 0.0
+    for _, layers, steps, per_token, flops, *hours in rows:
+        model = gpt_config(config)
+        model.n_layer = int(layers)
+        expected = model.flops_per_token() * config.tokens_per_step * int(steps)
+        assert float(per_token) == pytest.approx(model.flops_per_token(), rel=0.01)
+        assert float(flops) == pytest.approx(expected, rel=0.01)
+        for found, peak in zip(hours, PEAK.values(), strict=True):
+            assert float(found) == pytest.approx(expected / (0.4 * peak) / 3600, rel=0.1)
+        total += expected
+    found = re.search(rf"^#   all of it{number * 3}$", script, flags=re.MULTILINE).groups()
+    expected = [total, *(total / (0.4 * peak) / 3600 for peak in PEAK.values())]
+    assert [float(value) for value in found] == pytest.approx(expected, rel=0.1)
+    summary = re.search(r"That is (\d+) hours on (\d+) H100 or (\d+) on (\d+) A100", script).groups()
+    assert [float(h) * int(n) for h, n in zip(summary[::2], summary[1::2], strict=True)] == pytest.approx(
+        expected[1:], rel=0.1
+    )
+    # a line for the reference, for the round that the preset begins with, and for each of its arms
+    assert int(rows[0][1]) == config.n_layer and int(rows[1][1]) == config.start_layers
+    assert [row[0] for row in rows[-len(config.arms) :]] == [arm.name for arm in config.arms]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "runs").glob("*.sh")), ids=lambda path: path.name)
+def test_every_script_is_plain_sh_and_stops_at_the_first_error(path):
+    assert subprocess.run(["sh", "-n", path], timeout=10).returncode == 0
+    assert path.read_text().startswith("#!/bin/sh\n") and "\nset -eu\n" in path.read_text()
+
+
+def run_with_stubs(name: str, folder, fails: str = "") -> tuple[int, list[str]]:
+    """A script of runs/ in an empty folder, where each program only notes how it was called; its exit code, the notes.
+
+    torchrun leaves the checkpoints of a recipe of two rounds, lm_eval its results. One named `fails` exits with 3.
+    """
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    (folder / "bin").mkdir(exist_ok=True)
+    for script in (ROOT / "runs").glob("*.sh"):
+        (folder / "runs" / script.name).write_text(script.read_text())
+    leaves = {
+        "torchrun": " && ".join(f"mkdir -p out/{name}/{run}/step-00100000" for run in RECIPE_LEAVES),
+        "lm_eval": 'mkdir -p "$9/model" && touch "$9/model/results_2026.json"',  # $9 follows --output_path
+    }
+    for program in ("python", "torchrun", "lm_eval"):
+        stub = folder / "bin" / program
+        end = "exit 3" if program == fails else leaves.get(program, "true")
+        stub.write_text(f'#!/bin/sh\necho "{program} $*" >> calls\nshift $(($# > 9 ? $# - 9 : 0))\n{end}\n')
+        stub.chmod(0o755)
+    (folder / "calls").unlink(missing_ok=True)
+    environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(["sh", f"runs/{name}.sh"], cwd=folder, env=environment, timeout=20)
+    return done.returncode, (folder / "calls").read_text().splitlines()
+
+
+RECIPE_LEAVES = ("reference", "inherited-12", "inherited-14")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_script_prepares_trains_and_scores_reference_and_target_once(name, tmp_path):
+    data_dir = "data/fineweb-edu" if name.startswith("fineweb") else "data/openwebtext"
+    code, (prepare, recipe, *scores) = run_with_stubs(name, tmp_path)
+    assert code == 0
+    assert prepare == f"python prepare_data.py {data_dir[5:]} --tokenizer=gpt2 --out={data_dir}"
+    assert re.fullmatch(rf"torchrun --standalone --nproc_per_node=\d inheritune.py config/{name}.toml", recipe)
+    for score, run in zip(scores, ("reference", "inherited-14"), strict=True):
+        assert f"pretrained=out/{name}/{run}/step-00100000 " in score
+    assert run_with_stubs(name, tmp_path) == (0, [prepare, recipe])  # again: the first two see to themselves
+
+
+@pytest.mark.parametrize("fails,calls", [("python", 1), ("torchrun", 2), ("lm_eval", 3)])
+def test_a_script_ends_at_the_first_stage_that_fails(fails, calls, tmp_path):
+    code, made = run_with_stubs("gpt2-medium", tmp_path, fails)
+    assert code == 3 and len(made) == calls
+
+
+def test_scoring_a_recipe_that_was_not_run_is_one_line(tmp_path):
+    command = ["sh", ROOT / "runs/evaluate.sh", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no such checkpoint" in done.stderr

@@ -5,12 +5,13 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT
 
 import configurator
-from inheritune import RecipeConfig
+from inheritune import Arm, RecipeConfig
 from model import GPTConfig
 from train import TrainConfig
 
@@ -49,7 +50,7 @@ def test_a_preset_holds_only_what_differs_from_the_defaults(preset):
     own = table.pop("inheritune")
     values = table | {key: value for key, value in own.items() if key not in ("arms", "start_layers", "expand_by")}
     same = [key for key, value in values.items() if RecipeConfig.__dataclass_fields__[key].default == value]
-    same += [key for key, value in table.items() if getattr(GPTConfig, key, None) == value]
+    same += [key for key, value in table.items() if key != "n_layer" and getattr(GPTConfig, key, None) == value]
     assert same == []
 
 
@@ -91,12 +92,14 @@ def test_the_hours_in_a_script_s_header_follow_from_the_flops(name, monkeypatch)
     assert "ESTIMATED, not measured" in script and f"{config.tokens_per_step:,} tokens x steps" in script
     number = r"\s+([\d.e+]+)"
     rows = re.findall(rf"^#   (\w[^#\n]*?)\s+(\d+)\s+(\d+){number * 4}$", script, flags=re.MULTILINE)
-    total = 0.0
-    for _, layers, steps, per_token, flops, *hours in rows:
-        model = gpt_config(config)
-        model.n_layer = int(layers)
-        expected = model.flops_per_token() * config.tokens_per_step * int(steps)
-        assert float(per_token) == pytest.approx(model.flops_per_token(), rel=0.01)
+    total, arms = 0.0, {arm.name: arm for arm in config.arms}
+    for row_name, layers, steps, per_token, flops, *hours in rows:
+        arm = arms.get(row_name, Arm(row_name))
+        model = replace(gpt_config(config), n_layer=int(layers), **arm.settings)
+        a_token = model.flops_per_token() + bool(arm.teacher) * gpt_config(config).flops_per_token() // 3
+        expected = a_token * config.tokens_per_step * int(steps)
+        assert int(steps) == arm.steps * config.max_steps
+        assert float(per_token) == pytest.approx(a_token, rel=0.01)
         assert float(flops) == pytest.approx(expected, rel=0.01)
         for found, peak in zip(hours, PEAK.values(), strict=True):
             assert float(found) == pytest.approx(expected / (0.4 * peak) / 3600, rel=0.1)

@@ -1,12 +1,14 @@
 """inherit.py: every tensor exactly once, from where it should be, bit for bit."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import call_script, random_model
+from conftest import ROOT, call_script, random_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
 import checkpoint
 import inherit
@@ -151,24 +153,36 @@ def test_the_cost_of_a_reference_is_carried_along(reference, tmp_path):
     assert not (first / "optimizer.safetensors").exists() and not (first / "trainer_state.json").exists()
 
 
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 99,
+    "max_position_embeddings": 32,
+}  # fmt: skip
+FAMILIES = {
+    "llama": LlamaConfig(**SMALL, num_key_value_heads=2),
+    "qwen3": Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8, max_window_layers=2, use_sliding_window=True),
+    "gpt_neox": GPTNeoXConfig(**SMALL),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shard_size", ["10MB", "20KB"])
-def test_llama_sliced_computes_its_first_hidden_states(tmp_path, shard_size):
+def test_another_family_sliced_computes_its_first_hidden_states(tmp_path, family, shard_size):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=99, max_position_embeddings=32,
-    )  # fmt: skip
-    theirs = LlamaForCausalLM(config).eval()
-    theirs.save_pretrained(tmp_path / "llama", max_shard_size=shard_size)
-    out = inherit.inherit(tmp_path / "llama", "0:2", tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_config(FAMILIES[family]).eval()
+    theirs.save_pretrained(tmp_path / "source", max_shard_size=shard_size)
+    assert (tmp_path / "source/model.safetensors.index.json").exists() == (shard_size == "20KB")
+    out = inherit.inherit(tmp_path / "source", "0:3", tmp_path / "out")
     ours = AutoModelForCausalLM.from_pretrained(out).eval()
     idx = torch.arange(20)[None]
     expected = theirs(idx, output_hidden_states=True).hidden_states
     found = ours(idx, output_hidden_states=True).hidden_states
-    assert (
-        ours.config.num_hidden_layers == 2 and torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-    )
-    assert torch.equal(found[2], theirs.model.norm(expected[2]))  # the last one is given after the final norm
+    assert ours.config.num_hidden_layers == 3 and len(found) == 4
+    assert all(torch.equal(found[i], expected[i]) for i in range(3))
+    norm = getattr(theirs.base_model, "norm", None) or theirs.base_model.final_layer_norm
+    assert torch.equal(found[3], norm(expected[3]))  # the last one is given after the final norm
+    if family == "qwen3":  # a list with an entry for each layer: which of them slide a window
+        types = theirs.config.layer_types
+        assert ours.config.layer_types == types[:3] and len(set(types)) == 2
 
 
 def test_lists_with_an_entry_for_each_layer_are_sliced_too():
@@ -184,3 +198,23 @@ def test_a_config_that_lies_about_its_layers_is_refused(source, tmp_path):
     (source / "config.json").write_text(json.dumps(config | {"n_layer": 3}))
     with pytest.raises(UserError, match=r"layers \[0, 1, 2, 3\], but config.json says 3"):
         inherit.inherit(source, "0:2", tmp_path / "out")
+
+
+def test_memory_stays_near_the_largest_tensor(tmp_path):
+    """A file of 256 MB in tensors of 8 MB. (Of 1 GB in tensors of 16 MB it took 20 MB.)"""
+    path = tmp_path / "source"
+    path.mkdir()
+    names = ["model.embed_tokens.weight", *(f"model.layers.{i}.mlp.{j}.weight" for i in range(8) for j in range(4))]
+    storage.write_tensors(path / "model.safetensors", sorted(names), lambda _: torch.ones(2**21))
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 8}))
+    script = f"""
+import inherit, resource
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak()
+inherit.inherit({str(path)!r}, "0:8", {str(tmp_path / "out")!r})
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/model.safetensors").stat().st_size > 256 * 2**20
+    assert float(done.stdout.split()[-1]) < 5 * 8

@@ -60,9 +60,7 @@ def plot_arms(rows: list[dict], path: Path):
     labels = [f"{row['name']} ({row['n_layer']} layers, {row['own_tokens'] / 1e6:.1f} M tokens)" for row in ordered]
     axis.set_yticks(range(len(ordered)), labels)
     axis.axvline(0, color="#000000", linewidth=0.8, linestyle=":")
-    axis.set(
-        xlabel=f"validation loss minus the reference's ({rows[0]['n_layer']} layers), nats a token; left is better"
-    )
+    axis.set(xlabel="validation loss minus the reference's, nats a token", title="left: better than the reference")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -58,7 +58,7 @@ def lm_eval(path: Path, folder: Path) -> tuple[float, torch.Tensor]:
     ]  # fmt: skip
     done = subprocess.run(
         list(map(str, command)), env=os.environ | {"HF_HOME": str(folder / "hf")}, capture_output=True, text=True,
-        timeout=300, cwd=folder,
+        timeout=600, cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     (results,), (samples,) = (folder.glob(f"out/*/{name}_*.json*") for name in ("results", "samples"))

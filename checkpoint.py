@@ -15,6 +15,7 @@ The files of a checkpoint:
     manifest.json          size and sha256 of every other file (see storage.py)
 """
 
+import hashlib
 import json
 import math
 import re
@@ -31,6 +32,10 @@ from storage import FORMAT, TensorFiles, latest, publish, read_json, resolve, st
 
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored (in, out) by GPT-2, (out, in) by nn.Linear
 PARTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW's state
+FREE_TO_CHANGE = {  # settings that a resumed run may have otherwise than before
+    "out_dir", "data_dir", "resume", "override", "eval_only", "micro_batch", "eval_interval", "save_interval",
+    "keep_checkpoints", "log_interval", "device", "compile", "deterministic",
+}  # fmt: skip
 MASK_BUFFER = re.compile(r"\.attn\.(masked_)?bias$")  # the causal mask, which old GPT-2 files carry
 
 
@@ -221,10 +226,10 @@ def to_resume(run_dir: Path, resume: bool | str) -> Path | None:
     return newest
 
 
-def check_same(now: dict, then: dict, free: set[str], override: str, path: Path):
+def check_same(now: dict, then: dict, override: str, path: Path):
     """Raise UserError if a setting is not what it was when `path` was saved, nor free to change, nor in override."""
     allowed = set(override.split(","))
-    changed = [key for key in now if key not in free | allowed and then.get(key) != now[key]]
+    changed = [key for key in now if key not in FREE_TO_CHANGE | allowed and then.get(key) != now[key]]
     if changed:
         differences = "; ".join(f"{key}: {then.get(key)} there, {now[key]} now" for key in changed)
         raise UserError(
@@ -271,28 +276,39 @@ def provenance(path: Path) -> dict:
 
 def with_teacher(lineage: dict, teacher: dict) -> dict:
     """The lineage of a student: what it was inherited from, if anything, and its teacher's provenance."""
-    both = lineage.get("ancestors", {}) | teacher["ancestors"]
+    both = merged(lineage.get("ancestors", {}), teacher["ancestors"])
     return lineage | {"ancestors": both, "teacher": {key: teacher[key] for key in ("reference", "sha256")}}
 
 
 def origin(lineage: dict) -> str | dict:
     """What tells where two runs began apart: "scratch", or the weights and the layers that they inherited."""
-    keys = ("sha256", "layers", "parts", "moments", "top")
+    keys = ("sha256", "layers", "parts", "moments", "top_sha256")
     return {key: lineage[key] for key in keys if key in lineage} or "scratch"
 
 
 def ancestors(path: Path) -> dict[str, dict | None]:
-    """Every training run that led to a checkpoint: sha256 of the weights it left -> tokens and FLOPs of its own.
+    """Every training run that led to a checkpoint: what it was set to, hashed -> tokens and FLOPs of its own.
 
-    None stands for a cost that is not known, as of a model from the hub. A run counts once, however often it is met:
-    as the reference and as the teacher, say.
+    None stands for a cost that is not known, as of a model from the hub. A run counts once, however often and at
+    whatever step it is met: as the reference and as the teacher, say.
     """
-    lineage, state = read_lineage(path), path / "trainer_state.json"
-    found = dict(lineage.get("ancestors", {}))
-    if state.exists() or not lineage:
-        own = read_json(state) if state.exists() else None
-        weights = " ".join(TensorFiles(path).sha256().values())
-        found[weights] = own and {key: own[key] for key in ("tokens", "flops")}
+    lineage, own = read_lineage(path), {}
+    if (path / "trainer_state.json").exists():
+        state = read_json(path / "trainer_state.json")
+        settings = {key: value for key, value in state["settings"].items() if key not in FREE_TO_CHANGE}
+        run = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        own = {run: {key: state[key] for key in ("tokens", "flops")}}
+    elif not lineage:
+        own = {" ".join(TensorFiles(path).sha256().values()): None}
+    return merged(lineage.get("ancestors", {}), own)
+
+
+def merged(*each: dict[str, dict | None]) -> dict[str, dict | None]:
+    """The runs of several models, each once, at the latest of its steps that is among them."""
+    found = {}
+    for run, spent in (item for runs in each for item in runs.items()):
+        if not (found.get(run) and spent and found[run]["tokens"] >= spent["tokens"]):
+            found[run] = spent
     return found
 
 

@@ -123,30 +123,49 @@ def sliced_config(config: dict, layers: list[int], n_layer: int) -> dict:
     return config | lists | {key: len(layers) for key in ("n_layer", "num_hidden_layers") if key in config}
 
 
+def check_parts(parts: str):
+    """Raise UserError unless these are parts of a GPT-2 block, comma between."""
+    if set(parts.split(",")) - set(BLOCK_PARTS):
+        raise UserError(f"parts {parts!r}; expected some of {', '.join(BLOCK_PARTS)}, comma between, no space")
+
+
+def open_sources(reference: str | Path, layers: str, top="", top_layers="", **_) -> list[Source]:
+    """The reference and, if there is one, the checkpoint on top of it. Raises UserError if they do not fit."""
+    if bool(top) != bool(top_layers):
+        raise UserError(f"found top {str(top)!r} and top_layers {top_layers!r}; they go together")
+    sources = [Source.open(reference, layers)] + ([Source.open(top, top_layers)] if top else [])
+    if sources[-1].shape() != sources[0].shape():
+        differ = {key for key, _ in sources[-1].shape().items() ^ sources[0].shape().items()}
+        raise UserError(f"{top} cannot go on top of {reference}: config.json differs in {', '.join(sorted(differ))}")
+    return sources
+
+
+def identity(sources: list[Source], parts="", moments=False, **_) -> dict:
+    """All that decides what is written, but the seed of what is fresh; it stands in lineage.json."""
+    found = {
+        "sha256": storage.TensorFiles(sources[0].path).sha256(), "parts": parts or "all", "moments": moments,
+        "layers": [layer for source in sources for layer in source.layers],
+    }  # fmt: skip
+    return found | ({"top_sha256": storage.TensorFiles(sources[1].path).sha256()} if len(sources) > 1 else {})
+
+
 def inherit(
     reference: str | Path, layers: str, out: str | Path, parts="", moments=False, top="", top_layers="", seed=1337
 ) -> Path:
     """Write the target to `out` and print where each of its layers came from; see InheritConfig. Raises UserError."""
-    sources = [Source.open(reference, layers)] + ([Source.open(top, top_layers)] if top else [])
+    sources = open_sources(reference, layers, top, top_layers)
     path, chosen = sources[0].path, [layer for source in sources for layer in source.layers]
     config = sliced_config(sources[0].config, chosen, sources[0].n_layer)
     for source in sources:
-        if source.shape() != sources[0].shape():
-            differ = {key for key, _ in source.shape().items() ^ sources[0].shape().items()}
-            raise UserError(
-                f"{top} cannot go on top of {reference}: config.json differs in {', '.join(sorted(differ))}"
-            )
         if moments and not (source.path / "optimizer.safetensors").is_file():
             raise UserError(f"{source.path} has no optimizer.safetensors, so no moments; leave --moments away")
     source = taken(sources, "model")
 
     fresh = {}
     if parts:
-        unknown = set(parts.split(",")) - set(BLOCK_PARTS)
-        if unknown or config.get("model_type") != "gpt2":
-            raise UserError(
-                f"parts {parts!r} of a {config.get('model_type')} model; expected {', '.join(BLOCK_PARTS)} of gpt2"
-            )
+        check_parts(parts)
+        if config.get("model_type") != "gpt2":
+            raise UserError(f"parts of a {config.get('model_type')} model; expected gpt2")
         kept = tuple(BLOCK_PARTS[part] for part in parts.split(","))
         torch.manual_seed(seed)
         drawn = checkpoint.hf_tensors(GPT(checkpoint.gpt_config(config, path)))
@@ -168,13 +187,9 @@ def inherit(
         return torch.zeros_like(stored[name]) if key.split("|")[0] in fresh else stored[name]
 
     origin = {key: f"fresh, seed {seed}" if key in fresh else source[key][2] for key in source}
-    ancestors = {key: spent for each in reversed(sources) for key, spent in checkpoint.ancestors(each.path).items()}
-    lineage = {
-        "reference": str(reference), "layers": chosen, "parts": parts or "all", "moments": moments,
-        "sha256": storage.TensorFiles(path).sha256(), "ancestors": ancestors, "tensors": origin,
-    }  # fmt: skip
-    if top:
-        lineage["top"] = {"reference": str(top), "sha256": storage.TensorFiles(sources[1].path).sha256()}
+    lineage = {"reference": str(reference)} | identity(sources, parts, moments)
+    lineage["ancestors"] = checkpoint.merged(*(checkpoint.ancestors(source.path) for source in sources))
+    lineage["tensors"] = origin
     with storage.publish(out) as directory:
         storage.write_json(directory / "config.json", config)
         sizes = storage.write_tensors(directory / "model.safetensors", source, read)

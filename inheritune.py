@@ -6,18 +6,13 @@
 
 Kill it and start it again: each stage that is complete is skipped, a run goes on from its last checkpoint.
 Every model of one seed sees the same tokens in the same order, and all see the same validation windows.
-
-An arm is one model to compare, one table [[inheritune.arms]] of the preset; every baseline and ablation of the paper
-is one or two of these. Its layers are taken from a source as inherit.py takes them, with k for the target's number of
-layers and n for the reference's: "0:k", "n-k:n", "0:k/2,0:k/2" (/ rounds down). Without layers it begins at random.
 """
 
 import contextlib
 import math
-import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
@@ -26,40 +21,13 @@ import configurator
 import data
 import storage
 from analyze_attention import AnalyzeConfig, analyze, print_table
+from arms import Arm, Checker, Claim, settings_of, slug, with_numbers
 from configurator import UserError
-from inherit import inherit, parse_layers
-from machine import on_rank_0, pick_device, process_group, versions, watch_signals
+from inherit import identity, inherit, open_sources
+from machine import on_rank_0, process_group, watch_signals
 from model import GPTConfig
 from report import paired_difference, report, verdict
 from train import TrainConfig, train
-
-
-@dataclass
-class Arm:
-    """One model to compare with the target."""
-
-    name: str
-    layers: str = ""  # layers of the source, such as "0:k"; none: random weights
-    source: str = "reference"  # or "target", the name of an arm above, a checkpoint or a name on the hub
-    inherit_from: Literal["last", "stable"] | None = None  # checkpoint of the source; None: as the recipe's rounds
-    moments: bool | None = None  # of AdamW, with the weights; None: as the recipe's rounds
-    parts: str = ""  # of each layer: attn, mlp, ln, comma between; none: all
-    top: str = ""  # as source: of whom top_layers are put on top
-    top_layers: str = ""
-    n_layer: int | str = "k"  # of random weights, such as "n" or "k/2"
-    teacher: str = ""  # as source: to distil
-    steps: float = 1.0  # times max_steps
-    seeds: int | None = None  # it is trained with so many of the recipe's seeds; None: with all
-    settings: dict[str, Any] = field(default_factory=dict)  # of train.py, where they differ: {n_embd = 64, lr = 1e-3}
-
-
-@dataclass
-class Claim:
-    """A sentence of the paper, to be held against two models: their arms' names, or "reference" or "target"."""
-
-    text: str
-    better: str
-    worse: str
 
 
 @dataclass
@@ -86,65 +54,21 @@ class RecipeConfig(TrainConfig):
                 raise UserError(f"{key} is {value}, expected 1 to {most}")
         if not math.isfinite(self.tolerance):
             raise UserError(f"tolerance is {self.tolerance}, expected a finite number of nats")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise UserError(f"seeds {self.seeds}: each once")
+        if len(set(self.seeds)) < len(self.seeds) or not all(0 <= seed < 2**32 for seed in self.seeds):
+            raise UserError(f"seeds {self.seeds}: expected each once, from 0 to {2**32 - 1}")
         if self.inherit_from == "stable" and self.schedule != "wsd":
             raise UserError('inherit_from = "stable" needs schedule = "wsd"')
         if self.init_from != "scratch" or self.eval_only or self.override or self.teacher:
             raise UserError("init_from, eval_only, override and teacher are for train.py or, the last, for an arm")
-        known = ["reference", "target"]
+        checker = Checker(self, n)
         for arm in self.arms:
-            check_arm(arm, known, self, n)
-            known.append(arm.name)
+            checker.check(arm)
         for claim in self.claims:
             for name in (claim.better, claim.worse):
-                configurator.check_key(name, known, f"claim {claim.text!r}")
+                configurator.check_key(name, checker.known, f"claim {claim.text!r}")
 
 
-def check_arm(arm: Arm, above: list[str], config: RecipeConfig, n: int):
-    """Raise UserError for an arm that could not be trained, before hours are spent on those above it."""
-    where = f"arm {arm.name!r}"
-    if slug(arm.name) in {"", *map(slug, above)}:
-        raise UserError(f"{where}: each arm needs a name of its own, of letters or digits")
-    for key in ("source", "teacher", "top"):
-        name = getattr(arm, key)
-        if name and name not in above and not Path(name).exists() and "/" not in name and not name.startswith("gpt2"):
-            raise UserError(f"{where}: {key} {name!r} is neither an arm above it ({', '.join(above)}) nor a checkpoint")
-    if arm.steps <= 0 or (arm.seeds is not None and not 1 <= arm.seeds <= max(1, len(config.seeds))):
-        raise UserError(f"{where}: steps {arm.steps}, seeds {arm.seeds}; expected more than 0, and 1 to all seeds")
-    k = config.start_layers if isinstance(config.start_layers, int) else max(1, n // 2)
-    for text in (arm.layers, arm.top_layers, str(arm.n_layer)):
-        with_numbers(text, k, n)
-    if arm.layers and arm.source == "reference":
-        parse_layers(with_numbers(arm.layers, k, n), n)
-    configurator.from_table(TrainConfig, settings_of(config, arm, config.seed), where)
-
-
-def with_numbers(text: str, k: int, n: int) -> str:
-    """Layers with numbers for k and n: "n-k:n" with k = 4, n = 12 is "8:12". Raises UserError."""
-    if not re.fullmatch(r"[\dkn()+*/:, -]*", text):
-        raise UserError(f"layers {text!r}: expected numbers, k, n and + - * / between the colons and commas of slices")
-    try:  # nothing but arithmetic got here
-        terms = re.split(r"([:,])", text.replace(" ", "").replace("/", "//"))
-        return "".join(str(eval(term, {}, {"k": k, "n": n})) if re.search(r"\w", term) else term for term in terms)
-    except (SyntaxError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"layers {text!r}: {error}") from None
-
-
-def slug(name: str) -> str:
-    """An arm's name as a part of a directory's."""
-    return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
-
-
-def settings_of(config: RecipeConfig, arm: Arm, seed: int) -> dict:
-    """What train.py is given for an arm, but where it begins and ends."""
-    settings = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
-    stable = arm.layers and (arm.inherit_from or config.inherit_from) == "stable"
-    steps = {"max_steps": max(1, round(arm.steps * config.max_steps))}
-    return settings | {"seed": seed} | steps | ({"warmup_steps": 0} if stable else {}) | arm.settings
-
-
-class Seed:
+class Models:
     """The models of one seed: those made so far, by name, as the directories of their runs."""
 
     def __init__(self, config: RecipeConfig, seed: int):
@@ -160,7 +84,7 @@ class Seed:
             return checkpoint.last_stable(self.runs[name])
         return storage.latest(self.runs[name])
 
-    def train(self, arm: Arm, directory: str, k: int, n: int) -> Path:
+    def make(self, arm: Arm, directory: str, k: int, n: int) -> Path:
         """Inherit and train one model, as far as that is not done; its last checkpoint."""
         out_dir = self.out_dir / directory
         changes = {"out_dir": str(out_dir), "resume": "auto"}
@@ -184,36 +108,36 @@ class Seed:
 def recipe(config: RecipeConfig):
     """Every stage in order, each for every seed; what is complete is skipped. Raises UserError."""
     out_dir = Path(config.out_dir)
-    seeds = [Seed(config, seed) for seed in config.seeds or [config.seed]]
+    models = [Models(config, seed) for seed in config.seeds or [config.seed]]
     n = GPTConfig.n_layer if config.n_layer is None else config.n_layer
-    models = []
+    compared = []
 
     def compare(name: str, role: str, paths: list[Path]):
-        models.append({"name": name, "role": role, "paths": [str(path.relative_to(out_dir)) for path in paths]})
+        compared.append({"name": name, "role": role, "paths": [str(path.relative_to(out_dir)) for path in paths]})
 
     def write_report():
-        made_by = versions(pick_device(config.device)) | {"seeds": config.seeds or [config.seed]}
         claims = [vars(claim) for claim in config.claims]
-        content = {"models": models, "tolerance": config.tolerance, "claims": claims, "made_by": made_by}
+        content = {"models": compared, "tolerance": config.tolerance, "claims": claims}
         storage.replace_json(out_dir / "recipe.json", content)
         return report(out_dir)
 
     # ---- reference
-    references = [seed.train(Arm("reference", n_layer=n), "reference", n, n) for seed in seeds]
+    references = [each.make(Arm("reference", n_layer=n), "reference", n, n) for each in models]
     attention = on_rank_0(measure_attention, config, references[0])
     compare("reference", "reference", references)
 
     # ---- rounds: inherit, train, expand
     k = max(1, n // 2) if config.start_layers is None else config.start_layers
     if k == "auto":
-        k = attention["layers_before_lazy_tail"]
-        on_rank_0(print, f"the lazy tail of the reference begins at layer {k} of {n}, so k = {k}")
+        before_lazy_tail = attention["layers_before_lazy_tail"]
+        k = before_lazy_tail if before_lazy_tail < n else max(1, n // 2)
+        on_rank_0(print, f"the reference has {n - before_lazy_tail} lazy layers at its end, so k = {k} of {n}")
     grown = None  # the number of layers of the last round's target
     while True:
         arm = Arm("target", layers=f"0:{k}")
         if grown and config.expand_from == "target":
-            arm = Arm("target", ":", "target", "last", top="reference", top_layers=f"{grown}:{k}")
-        targets = [seed.train(arm, f"inherited-{k}", k, n) for seed in seeds]
+            arm = Arm("target", layers=":", source="target", top="reference", top_layers=f"{grown}:{k}")
+        targets = [each.make(arm, f"inherited-{k}", k, n) for each in models]
         difference, interval = paired_difference(targets, references)
         compare(f"inherited, {k} layers", "round", targets)
         on_rank_0(
@@ -224,16 +148,19 @@ def recipe(config: RecipeConfig):
         if difference <= config.tolerance or k == n:
             break
         grown, k = k, min(k + config.expand_by, n)
-    models[-1]["role"] = "target"
+    compared[-1]["role"] = "target"
     on_rank_0(measure_attention, config, targets[0])
-    text = on_rank_0(write_report)  # and again after each arm: what there is can be read, whatever comes
+    # there is a report from here on, whatever comes; what was finished before is not to be missed in it for a while
+    on_rank_0(lambda: (out_dir / "recipe.json").exists() or write_report())
 
     # ---- arms
     for arm in config.arms:
-        paths = [seed.train(arm, f"arm-{slug(arm.name)}-{k}", k, n) for seed in seeds[: arm.seeds]]
+        directory, some = f"arm-{slug(arm.name)}-{k}", models[: arm.seeds]
+        before = [storage.latest(each.out_dir / directory) for each in some]
+        paths = [each.make(arm, directory, k, n) for each in some]
         compare(arm.name, "arm", paths)
-        text = on_rank_0(write_report)
-    on_rank_0(print, text)
+        on_rank_0(lambda: paths == before or write_report())  # noqa: B023
+    on_rank_0(lambda: print(write_report()))
 
 
 def measure_attention(config: RecipeConfig, model: Path) -> dict:
@@ -255,12 +182,16 @@ def measure_attention(config: RecipeConfig, model: Path) -> dict:
 
 
 def inherit_once(source: Path, layers: str, out_dir: Path, how: dict):
-    """Inherit into out_dir/init, unless that was done. Raises UserError if it was done from other weights."""
+    """Inherit into out_dir/init, unless that was done. Raises UserError if it was done otherwise."""
     out = out_dir / "init"
     if not out.exists():
         inherit(source, layers, out, **how)
-    elif checkpoint.read_lineage(out).get("sha256") != storage.TensorFiles(source).sha256():
-        raise UserError(f"{out} was inherited from another model than {source}; remove {out_dir}")
+        return
+    found, asked = checkpoint.read_lineage(out), identity(open_sources(source, layers, **how), **how)
+    names = {"sha256": "source", "top_sha256": "top"}
+    differ = [names.get(key, key) for key in asked if found.get(key) != asked[key]]
+    if differ:
+        raise UserError(f"{out} was made with another {', '.join(differ)}; remove {out_dir} to make it anew")
 
 
 def main():

@@ -1,8 +1,10 @@
 """What an update aims at: its learning rate, the loss with a teacher, and the loss over the validation windows.
 
-python train.py config/demo.toml --schedule=wsd --decay_fraction=0.6 --out_dir=out/wsd
-python train.py config/demo.toml --teacher=out/demo/reference --n_layer=4 --out_dir=out/distilled
-python train.py --init_from=out/demo/reference --data_dir=data/demo --eval_only
+    python train.py config/demo.toml --schedule=wsd --decay_fraction=0.6 --out_dir=out/wsd
+    python train.py config/demo.toml --teacher=out/demo/reference --n_layer=4 --out_dir=out/distilled
+    python train.py --init_from=out/demo/reference --data_dir=data/demo --eval_only
+
+What the loop of train.py calls, and nothing that it does not.
 """
 
 import math

@@ -110,16 +110,24 @@ def share_until(path: Path, loss: float) -> float | None:
     return tokens[losses <= loss][0] / tokens[-1] if (losses <= loss).any() else None
 
 
-def mean_share_until(paths: list[Path], others: list[Path]) -> float | None:
-    """`share_until` the final loss of the other model, the mean over the seeds; None if one of them never was."""
+def shares_until(paths: list[Path], others: list[Path]) -> list[float]:
+    """`share_until` the final loss of the other model, for each seed in which it was seen there."""
     shares = [share_until(a, val_losses(b).mean()) for a, b in zip(paths, others, strict=False)]
-    return None if None in shares else float(np.mean(shares))
+    return [share for share in shares if share is not None]
+
+
+def mean_curve(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """The mean over the seeds of `curve`, at the tokens where all were evaluated."""
+    curves = [dict(zip(*curve(path), strict=True)) for path in paths]
+    tokens = sorted(set.intersection(*map(set, curves)))
+    return np.array(tokens), np.array([np.mean([each[t] for each in curves]) for t in tokens])
 
 
 def rows_of(recipe: dict, out_dir: Path) -> list[dict]:
     """A row of the table for each model of a recipe, the reference first."""
     references = [out_dir / path for path in recipe["models"][0]["paths"]]
-    rows, latency = [], {}
+    rows, kept = [], out_dir / "latency.json"  # measured once
+    latency = storage.read_json(kept) if kept.exists() else {}
     for model in recipe["models"]:
         paths = [out_dir / path for path in model["paths"]]
         config, own = checkpoint.read_config(paths[0]), storage.read_json(paths[0] / "trainer_state.json")
@@ -127,16 +135,17 @@ def rows_of(recipe: dict, out_dir: Path) -> list[dict]:
         difference, interval = paired_difference(paths, references)
         if str(config) not in latency:  # it depends on the shape alone
             latency[str(config)] = relative_latency(paths[0], references[0])
+            storage.replace_json(kept, latency)
         rows.append(
             {
                 "name": model["name"], "role": model["role"], "paths": paths, "n_layer": config.n_layer,
                 "n_params": config.num_params(), "own_tokens": own["tokens"], "own_flops": own["flops"],
                 "cost": checkpoint.cost(paths[0]), "loss": loss, "error": error,
                 "spread": spread(paths, references if rows else None), "difference": difference, "interval": interval,
-                "curve": np.mean([curve(path) for path in paths], axis=0), "each": [
+                "curve": mean_curve(paths), "each": [
                     window_differences(*pair).mean() for pair in zip(paths, references, strict=False)
                 ],
-                "until": mean_share_until(paths, references), "latency": latency[str(config)],
+                "until": shares_until(paths, references), "latency": latency[str(config)],
                 "verdict": verdict(difference, interval, recipe["tolerance"]) if rows else "reference",
             }
         )  # fmt: skip
@@ -154,9 +163,10 @@ def table(rows: list[dict]) -> str:
          "difference to reference, 95%", "spread, seeds", "reference's loss after", "latency", "verdict"]
     ]  # fmt: skip
     for row in rows:
-        until, cost = row["until"], row["cost"]
-        reached = "never" if until is None else (
-            f"{until:.0%}: {until * row['own_tokens'] / 1e6:.2f} M, {until * row['own_flops']:.1e}"
+        cost, share = row["cost"], np.mean(row["until"]) if row["until"] else None
+        some = f" ({len(row['until'])} of {len(row['paths'])})" if len(row["until"]) < len(row["paths"]) else ""
+        reached = "never" if share is None else (
+            f"{share:.0%}: {share * row['own_tokens'] / 1e6:.2f} M, {share * row['own_flops']:.1e}{some}"
         )  # fmt: skip
         cells.append(
             [row["name"], str(row["n_layer"]), f"{row['n_params'] / 1e6:.2f} M", f"{row['own_tokens'] / 1e6:.2f} M",
@@ -201,14 +211,21 @@ def claims(rows: list[dict], recipe: dict, attention: dict) -> str:
         better, worse = by_name[claim["better"]], by_name[claim["worse"]]
         difference, interval = paired_difference(better["paths"], worse["paths"])
         pairs = list(zip(better["paths"], worse["paths"], strict=False))
-        seeds = sum(val_losses(a).mean() < val_losses(b).mean() for a, b in pairs)
-        answer = "within noise" if abs(difference) <= interval else "yes" if difference < 0 else "no"
-        until = mean_share_until(better["paths"], worse["paths"])
+        lower = sum(val_losses(a).mean() < val_losses(b).mean() for a, b in pairs)
+        answer = "yes" if difference < 0 else "no"
+        if len(pairs) == 1:
+            answer += ", with one seed"
+        if abs(difference) <= interval:
+            answer = "within noise"
+        elif 0 < lower < len(pairs):
+            answer = "it depends on the seed"
+        shares = shares_until(better["paths"], worse["paths"])
+        when = f"after {np.mean(shares):.0%} of its steps at" if len(shares) == len(pairs) else "not with every seed at"
         lines.append(
             f"- *{claim['text']}*: {answer}. {better['name']} against {worse['name']}: {difference:+.4f} ± "
-            f"{interval:.4f} nats, lower with {seeds} of {len(pairs)} seed{'s' * (len(pairs) > 1)}, at "
+            f"{interval:.4f} nats, lower with {lower} of {len(pairs)} seed{'s' * (len(pairs) > 1)}, at "
             f"{better['own_tokens'] / 1e6:.2f} M against {worse['own_tokens'] / 1e6:.2f} M tokens of its own; "
-            f"{'never at' if until is None else f'after {until:.0%} of its steps at'} the other's final loss."
+            f"{when} the other's final loss."
         )
     return "\n".join(lines)
 
@@ -223,6 +240,10 @@ def report(out_dir: str | Path) -> str:
     if not (out_dir / "recipe.json").is_file():
         raise UserError(f"{out_dir}/recipe.json: not found; finish the recipe with: python inheritune.py PRESET.toml")
     recipe = storage.read_json(out_dir / "recipe.json")
+    if "paths" not in recipe["models"][0]:
+        raise UserError(
+            f"{out_dir}/recipe.json is of an older version; run the recipe again, which trains nothing anew"
+        )
     run_of = {model["role"]: Path(model["paths"][0]).parent for model in recipe["models"]}  # of the first seed
     attention = {
         role: storage.read_json(out_dir / run_of[role] / "attention" / "attention.json")
@@ -232,17 +253,22 @@ def report(out_dir: str | Path) -> str:
     plot_losses(rows, out_dir / "loss.png")
     plot_arms(rows, out_dir / "arms.png")
     plot_ranks(attention, out_dir / "rank.png")
-    made_by = ", ".join(f"{key} {value}" for key, value in recipe["made_by"].items())
+    states = [storage.read_json(path / "trainer_state.json") for row in rows for path in row["paths"]]
+    commits = ", ".join(sorted({state["versions"]["commit"] for state in states}))
+    seeds = ", ".join(map(str, sorted({state["settings"]["seed"] for state in states})))
+    made_by = ", ".join(f"{key} {value}" for key, value in states[0]["versions"].items() if key != "commit")
     text = f"""# {out_dir.name}
 
 {table(rows)}
 
 Loss: over {len(val_losses(rows[0]["paths"][0]))} fixed validation windows of {attention["reference"]["T"]} tokens, ±
-standard error. Difference: paired over the windows, with its 95% interval. Matched: a mean difference of at most
-{recipe["tolerance"]} nats. With several seeds these are means, and the spread is the standard deviation over them of
-the difference (reference: of its loss). Own: what a model was trained on; all: with what it was inherited or distilled
-from. FLOPs: 6 for each weight and token, and attention. Reference's loss after: the share of its own steps, tokens and
-FLOPs at which a model was first seen at that loss. Latency: one sequence forward on the CPU, the reference's being 1.
+standard error. Difference: paired over the windows, with its 95% interval: of these models on other text, not of others
+trained with other seeds. Spread: the standard deviation over the seeds of the difference (reference: of its loss).
+Matched: a mean difference of at most {recipe["tolerance"]} nats. Own: what a model was trained on; all: with what it
+was inherited or distilled from. FLOPs: 6 for each weight and token, and attention. Reference's loss after: the share of
+its own steps, tokens and FLOPs at which a model was first seen at that loss. Latency: one sequence forward on the CPU,
+the reference's being 1. All models of a seed get the same batches from step 0 on: what inherits sees again what its
+source saw; a random model with twice the steps sees as much, but each text once.
 
 ## What the paper's claims came to here
 
@@ -263,7 +289,7 @@ c*: the fewest columns with that share of the squared entries, our reading of th
 on T. Per head: [reference]({run_of["reference"]}/attention/attention.png),
 [target]({run_of["target"]}/attention/attention.png).
 
-Made by: {made_by}.
+Trained at commit {commits}, with seeds {seeds}; {made_by}.
 """
     path = out_dir / "report.md"
     path.write_text(text, encoding="utf-8")

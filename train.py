@@ -107,12 +107,6 @@ class TrainConfig:
             raise UserError("eval_only needs a model: --init_from=CHECKPOINT_OR_RUN_DIRECTORY")
 
 
-FREE_TO_CHANGE = {  # settings that a resumed run may have otherwise than before
-    "out_dir", "data_dir", "resume", "override", "eval_only", "micro_batch", "eval_interval", "save_interval",
-    "keep_checkpoints", "log_interval", "device", "compile", "deterministic",
-}  # fmt: skip
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Helpers of the loop
 
@@ -214,7 +208,7 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
     resume_from = machine.on_rank_0(checkpoint.to_resume, out_dir, config.resume)
     if resume_from:
         state = checkpoint.read_state(resume_from)
-        checkpoint.check_same(settings, state["settings"], FREE_TO_CHANGE, config.override, resume_from)
+        checkpoint.check_same(settings, state["settings"], config.override, resume_from)
         if state["step"] > config.max_steps:
             raise UserError(f"{resume_from} is beyond max_steps {config.max_steps}; raise it or use another out_dir")
         checkpoint.load_training(resume_from, model, optimizer)

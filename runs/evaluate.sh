@@ -7,13 +7,15 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-last() { # of the names given
-    shift $(($# - 1))
-    echo "$1"
-}
-
-# the target is the last round's; layers have two digits and steps eight, so names sort by number
-for checkpoint in "$(last "$1"/reference/step-*)" "$(last "$1"/inherited-*/step-*)"; do
+if [ ! -f "$1/recipe.json" ]; then
+    echo "error: $1/recipe.json: not found; run the recipe first" >&2
+    exit 2
+fi
+for path in $(python -c '
+import json, sys
+models = json.load(open(sys.argv[1] + "/recipe.json"))["models"]
+print(*(model["paths"][0] for model in models if model["role"] in ("reference", "target")))' "$1"); do
+    checkpoint=$1/$path
     if [ ! -d "$checkpoint" ]; then
         echo "error: $checkpoint: no such checkpoint; run the recipe first" >&2
         exit 2

@@ -108,6 +108,15 @@ settings = { schedule = "wsd" }
 seeds = 1
 
 [[inheritune.arms]]
+name = "from stable, taught"
+source = "stable"
+inherit_from = "stable"
+layers = "0:k"
+teacher = "stable"
+settings = { schedule = "wsd" }
+seeds = 1
+
+[[inheritune.arms]]
 name = "grown"
 source = "random"
 layers = ":"
@@ -217,7 +226,7 @@ def test_moments_are_carried_where_they_are_asked_for(finished):
 
 def test_all_models_of_one_seed_see_the_same_batches(finished):
     by_seed = [{run: b for run, b in BATCHES.items() if f"/seed-{seed}/" in run} for seed in (1, 2)]
-    assert [len(runs) for runs in by_seed] == [18, 4]
+    assert [len(runs) for runs in by_seed] == [19, 4]
     for runs in by_seed:
         longest = max(runs.values(), key=len)
         assert len(longest) == 12  # twice the steps
@@ -236,6 +245,8 @@ def test_everything_an_arm_was_made_from_is_counted_once(finished):
         "arm-from-stable-4": 9,
     }  # fmt: skip
     assert checkpoint.cost(last(finished, "arm-distilled-4"))["tokens"] // 256 == 12  # its teacher's too
+    # a run is one run, also where its last checkpoint teaches what its stable one began
+    assert checkpoint.cost(last(finished, "arm-from-stable-taught-4"))["tokens"] // 256 == 6 + 6
     assert checkpoint.cost(last(finished, "arm-grown-4"))["tokens"] // 256 == 6 + 6 + 3
 
 
@@ -255,6 +266,7 @@ def test_the_seeds_are_averaged_and_their_spread_is_told(finished):
     assert cells["lazy"][6].startswith(f"{final('arm-lazy-4', 1) - final('reference', 1):+.4f} ± ")
     claim = next(line for line in text if "Lazy layers transfer little" in line)
     assert f"{final('inherited-4', 1) - final('arm-lazy-4', 1):+.4f} ± " in claim and "of 1 seed," in claim
+    assert "with one seed" in claim or "within noise" in claim
 
 
 def test_the_share_of_steps_until_a_loss(tmp_path):
@@ -263,6 +275,22 @@ def test_the_share_of_steps_until_a_loss(tmp_path):
     )
     found = [report.share_until(tmp_path / "step-00000040", loss) for loss in (5.5, 3.0, 2.4, 1.9)]
     assert found == [0.0, 0.25, 0.5, None]
+
+
+def test_a_claim_that_holds_with_some_seeds_only_is_not_a_yes(finished, tmp_path):
+    """The same windows, one seed far better and one a little worse: the mean alone would say yes."""
+    import shutil
+
+    out_dir = shutil.copytree(finished, tmp_path / "out")
+    for seed, shift in ((1, -1.0), (2, 0.1)):
+        theirs = storage.read_json(storage.latest(out_dir / f"seed-{seed}/arm-random-4") / "val_losses.json")
+        path = storage.latest(out_dir / f"seed-{seed}/inherited-4") / "val_losses.json"
+        theirs["losses"] = [loss + shift for loss in theirs["losses"]]
+        storage.write_json(path, theirs)
+    recipe = storage.read_json(out_dir / "recipe.json")
+    recipe["claims"] = [{"text": "It is better", "better": "target", "worse": "random"}]
+    storage.write_json(out_dir / "recipe.json", recipe)
+    assert "*It is better*: it depends on the seed. " in report.report(out_dir)
 
 
 def test_rounds_can_grow_the_trained_target_and_start_before_the_lazy_tail(data_dir, tmp_path, monkeypatch):

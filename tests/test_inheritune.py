@@ -195,7 +195,23 @@ def test_a_mistake_is_one_line(finished, capsys, wrong, words):
         ([{"name": "a", "steps": 0}], "steps 0"),
         ([{"name": "a", "seeds": 2}], "seeds 2; expected more than 0, and 1 to all"),
         ([{"name": "a", "settings": {"n_embed": 1}}], "unknown key 'n_embed'; did you mean 'n_embd'"),
-        ([{"name": "a", "settings": {"lr": "fast"}}], "arm 'a': lr = 'fast'"),
+        ([{"name": "a", "settings": {"lr": "fast"}}], "arm 'a': its settings: lr = 'fast'"),
+        ([{"name": "a", "n_layer": "0:k"}], "n_layer '0:k' is 0:6, expected a number from 1"),
+        ([{"name": "a", "n_layer": "k/9"}], "n_layer 'k/9' is 0,"),
+        ([{"name": "a", "steps": math.inf}], "steps inf"),
+        ([{"name": "a", "parts": "mlp"}], "found parts but no layers"),
+        ([{"name": "a", "source": "target"}], "found source but no layers"),
+        ([{"name": "a", "layers": ":", "n_layer": 3}], "so no n_layer"),
+        ([{"name": "a", "layers": ":", "top_layers": "0:1"}], "top and top_layers go together"),
+        ([{"name": "a", "layers": ":", "parts": "attention"}], "parts 'attention'; expected some of attn"),
+        ([{"name": "a", "layers": "0:k+1", "source": "target"}], "does not lie in 0:6"),
+        ([{"name": "b", "n_layer": 2}, {"name": "a", "layers": "0:3", "source": "b"}], "arm 'a'.* lie in 0:2"),
+        ([{"name": "a", "layers": "0:9**9"}], "expected numbers, k, n and"),
+        ([{"name": "a", "settings": {"seed": 5}}], "settings cannot have seed"),
+        ([{"name": "a", "settings": {"n_layer": 5}}], "settings cannot have n_layer"),
+        ([{"name": "a", "layers": "0:k", "settings": {"n_embd": 8}}], "settings cannot have n_embd"),
+        ([{"name": "a", "layers": ":", "inherit_from": "stable"}], "not an arm with schedule"),
+        ([{"name": "a", "teacher": "out/refrence"}], "teacher 'out/refrence' is neither"),
     ],
 )
 def test_an_arm_that_could_not_be_trained_is_refused_at_once(arms, words):
@@ -234,10 +250,57 @@ def test_what_another_reference_left_is_never_taken_for_this_one_s(finished, tmp
     out_dir = shutil.copytree(finished[0], tmp_path / "out")
     shutil.rmtree(out_dir / "reference")
     assert call_script(inheritune, *finished[1], f"--out_dir={out_dir}", "--seed=7") == 2
-    assert "inherited-1/init was inherited from another model" in capsys.readouterr().err
+    assert "inherited-1/init was made with another source" in capsys.readouterr().err
     shutil.rmtree(out_dir / "inherited-1" / "init")
     assert call_script(inheritune, *finished[1], f"--out_dir={out_dir}", "--seed=7") == 2
     assert "cannot resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "before,after,word",
+    [
+        ({"layers": "0:1"}, {"layers": "1:2"}, "layers"),
+        ({"layers": "0:1", "parts": "attn"}, {"layers": "0:1", "parts": "mlp"}, "parts"),
+        ({"layers": "0:1"}, {"layers": "0:1", "moments": True}, "moments"),
+        ({"layers": "0:1"}, {"layers": "0:1", "source": "target"}, "source"),
+        ({"layers": "0:1", "top": "reference", "top_layers": "1:2"},
+         {"layers": "0:1", "top": "target", "top_layers": "0:1"}, "top"),
+    ],
+)  # fmt: skip
+def test_an_arm_that_was_edited_is_never_given_the_old_one_s_result(tmp_path, data_dir, capsys, before, after, word):
+    settings = TINY | {"max_steps": 2, "n_layer": 2, "data_dir": data_dir, "out_dir": tmp_path / "out"}
+
+    def run(arm):
+        lines = [f"{key} = {json.dumps(value)}\n" for key, value in ({"name": "arm"} | arm).items()]
+        text = "[inheritune]\ntolerance = 9.0\nsequences = 2\n\n[[inheritune.arms]]\n"
+        (tmp_path / "recipe.toml").write_text(text + "".join(lines))
+        return call_script(inheritune, tmp_path / "recipe.toml", *options(**settings))
+
+    assert run(before) == 0 and run(before) == 0
+    report_before = (tmp_path / "out/report.md").read_bytes()
+    capsys.readouterr()
+    assert run(after) == 2
+    error = capsys.readouterr().err
+    assert "/arm-arm-1/init was made with another" in error and word in error and error.count("\n") == 1
+    assert (tmp_path / "out/report.md").read_bytes() == report_before
+
+
+def test_a_finished_report_is_not_cut_short_by_a_second_run_that_is_stopped(finished, tmp_path, monkeypatch):
+    out_dir = shutil.copytree(finished[0], tmp_path / "out")
+    whole = (out_dir / "report.md").read_text().count("\n| ")
+    measured = storage.read_json(out_dir / "latency.json")
+    train, calls = inheritune.train, []
+
+    def stopped(config):
+        calls.append(config)
+        if len(calls) == 6:  # the first arm
+            raise KeyboardInterrupt
+        return train(config)
+
+    monkeypatch.setattr(inheritune, "train", stopped)
+    assert call_script(inheritune, *finished[1], f"--out_dir={out_dir}") == 130
+    assert (out_dir / "report.md").read_text().count("\n| ") == whole
+    assert storage.read_json(out_dir / "latency.json") == measured  # once is enough
 
 
 def test_a_damaged_analysis_is_made_again(finished, tmp_path):

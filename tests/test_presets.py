@@ -1,5 +1,6 @@
 """config/ and runs/: every preset loads, its arithmetic is right, the scripts do what their headers say."""
 
+import json
 import os
 import re
 import subprocess
@@ -131,14 +132,17 @@ def run_with_stubs(name: str, folder, fails: str = "") -> tuple[int, list[str]]:
     (folder / "bin").mkdir(exist_ok=True)
     for script in (ROOT / "runs").glob("*.sh"):
         (folder / "runs" / script.name).write_text(script.read_text())
+    (folder / "recipe.json").write_text(json.dumps({"models": RECIPE_LEAVES}))
     leaves = {
-        "torchrun": " && ".join(f"mkdir -p out/{name}/{run}/step-00100000" for run in RECIPE_LEAVES),
+        "torchrun": " && ".join(f"mkdir -p out/{name}/{model['paths'][0]}" for model in RECIPE_LEAVES)
+        + f" && cp recipe.json out/{name}/",
         "lm_eval": 'mkdir -p "$9/model" && touch "$9/model/results_2026.json"',  # $9 follows --output_path
     }
     for program in ("python", "torchrun", "lm_eval"):
         stub = folder / "bin" / program
         end = "exit 3" if program == fails else leaves.get(program, "true")
-        stub.write_text(f'#!/bin/sh\necho "{program} $*" >> calls\nshift $(($# > 9 ? $# - 9 : 0))\n{end}\n')
+        real = f'[ "$1" = -c ] && exec {sys.executable} "$@"\n' if program == "python" else ""
+        stub.write_text(f'#!/bin/sh\n{real}echo "{program} $*" >> calls\nshift $(($# > 9 ? $# - 9 : 0))\n{end}\n')
         stub.chmod(0o755)
     (folder / "calls").unlink(missing_ok=True)
     environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
@@ -146,7 +150,10 @@ def run_with_stubs(name: str, folder, fails: str = "") -> tuple[int, list[str]]:
     return done.returncode, (folder / "calls").read_text().splitlines()
 
 
-RECIPE_LEAVES = ("reference", "inherited-12", "inherited-14")
+RECIPE_LEAVES = [
+    {"role": role, "paths": [f"{run}/step-00100000"]}
+    for role, run in (("reference", "reference"), ("round", "inherited-12"), ("target", "inherited-14"))
+]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -170,4 +177,4 @@ def test_a_script_ends_at_the_first_stage_that_fails(fails, calls, tmp_path):
 def test_scoring_a_recipe_that_was_not_run_is_one_line(tmp_path):
     command = ["sh", ROOT / "runs/evaluate.sh", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no such checkpoint" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "run the recipe first" in done.stderr

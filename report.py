@@ -276,7 +276,7 @@ source saw; a random model with twice the steps sees as much, but each text once
 
 ## Validation loss
 
-![validation loss against tokens](loss.png)
+![validation loss against tokens, of the models with the most seeds](loss.png)
 
 ![difference to the reference of every model](arms.png)
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import re
 import shlex
+import tomllib
 
 import pytest
 from conftest import ROOT, TINY, options, run_script
@@ -93,4 +94,21 @@ def test_no_script_outgrows_its_budget_and_each_opens_with_commands(path):
 
 
 def test_the_readme_fits_its_budget():
-    assert len(README.splitlines()) <= 150
+    assert len(README.splitlines()) <= 200
+
+
+STUDIES = {name: (ROOT / f"results/study_cpu/{name}/report.md").read_text() for name in ("python", "english")}
+
+
+@pytest.mark.parametrize("row", re.findall(r"^\| [^|]+ \| [^|]+ \| [+-]0.*$", README, flags=re.MULTILINE))
+def test_the_study_s_numbers_in_the_readme_are_in_its_reports(row):
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    for text, cell in zip(STUDIES.values(), cells[2:4], strict=True):
+        found = re.findall(r"([+-]\d\.\d{4}) ± (\d\.\d{4}) (?:\||nats)", text)
+        assert cell in {f"{float(mean):+.3f} ± {float(error):.3f}" for mean, error in found}
+
+
+def test_the_study_has_a_row_for_each_of_its_arms():
+    arms = tomllib.loads((ROOT / "config/study_cpu.toml").read_text())["inheritune"]["arms"]
+    for text in STUDIES.values():
+        assert all(f"| {arm['name']} " in text for arm in arms) and "seeds 1, 2, 3" in text

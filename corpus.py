@@ -230,7 +230,7 @@ def load(path: str, column: str, workers: int, name: str | None = None, **option
             check_disk(datasets.config.HF_DATASETS_CACHE, unpacked + (0 if local else size), f"reading {path}", remedy)
         processes = min(workers, len(files))
         builder.download_and_prepare(num_proc=processes if processes > 1 else None)
-        if not builder.info.splits.get("train"):
+        if "train" not in builder.info.splits or not builder.info.splits["train"].num_examples:
             raise UserError(f"{path}: found no rows in a split train, expected its documents there; choose another")
         table = builder.as_dataset(split="train")
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, StopIteration) as error:
@@ -273,8 +273,8 @@ def from_hub(config, begun: dict | None) -> tuple[Rows, dict]:
             )
         return texts, {"source": config.source, "repository": repository, "config_name": name, "revision": found}
     raise UserError(
-        f"{config.source} could not be loaded ({'; '.join(reasons)}): check --repository, --config_name and --revision; "
-        "offline, set HF_HOME to a folder that has it"
+        f"{config.source} could not be loaded ({'; '.join(reasons)}): check --repository, --config_name and "
+        "--revision; offline, set HF_HOME to a folder that has it"
     )
 
 

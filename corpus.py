@@ -150,20 +150,17 @@ class NotLoaded(UserError):
 
 
 class Rows(Sequence):
-    """One column of Arrow files, as `datasets` caches them. Raises UserError if one is damaged."""
+    """One column of Arrow files, as `datasets` caches them."""
 
     def __init__(self, paths: list[str], column: str):
         import pyarrow
 
         self.paths, self.column, self.maps, self.chunks = paths, column, [], []
         for path in paths:
-            try:
-                with open(path, "rb") as file:
-                    self.maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-                table = pyarrow.ipc.open_stream(pyarrow.py_buffer(self.maps[-1])).read_all()  # copies nothing
-                self.chunks.append(table.column(column))
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path}: {one_line(error)}; remove its folder, and it is made again") from None
+            with open(path, "rb") as file:
+                self.maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            table = pyarrow.ipc.open_stream(pyarrow.py_buffer(self.maps[-1])).read_all()  # copies nothing
+            self.chunks.append(table.column(column))
             self.maps[-1].madvise(mmap.MADV_DONTNEED)
         self.first = np.cumsum([0, *map(len, self.chunks)])  # of each file, the index of its first row
 
@@ -232,10 +229,13 @@ def load(path: str, column: str, workers: int, name: str | None = None, **option
         builder.download_and_prepare(num_proc=processes if processes > 1 else None)
         if "train" not in builder.info.splits or not builder.info.splits["train"].num_examples:
             raise UserError(f"{path}: found no rows in a split train, expected its documents there; choose another")
-        table = builder.as_dataset(split="train")
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, StopIteration) as error:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         full = getattr(error.__cause__ or error, "errno", None) == errno.ENOSPC
         raise NotLoaded(one_line(error), exit_code=1 if full else 2) from None
+    try:
+        table = builder.as_dataset(split="train")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{builder.cache_dir}: {one_line(error)}; remove this folder, and it is made again") from None
     if column not in table.column_names:
         raise UserError(f"no column {column!r}; found {', '.join(table.column_names)}; set --text_column")
     return Rows([file["filename"] for file in table.cache_files], column), revision

@@ -135,6 +135,20 @@ def test_openwebtext_is_held_against_the_number_of_its_tokens(
         assert (tmp_path / split / "train.bin").exists() == (split == "train")  # a wrong val is seen before train
 
 
+def test_a_directory_of_the_same_name_with_other_documents_is_another_corpus(tmp_path, repository, documents):
+    import datasets
+
+    shutil.copytree(repository, tmp_path / "repository")
+    arguments = ["fineweb-edu", f"--repository={tmp_path / 'repository'}", "--tokenizer=bytes", "--workers=1"]
+    revisions = []
+    for i in range(2):
+        assert prepare(*arguments, f"--out={tmp_path / str(i)}") == 0
+        revisions.append(data.verify(tmp_path / str(i))["revision"])
+        path = tmp_path / "repository/sample/10BT/000_00000.parquet"
+        datasets.Dataset.from_dict({"text": documents[50:60], "id": ["x"] * 10}).to_parquet(path)
+    assert revisions[0] != revisions[1] and token_files(tmp_path / "0") != token_files(tmp_path / "1")
+
+
 def test_the_first_place_that_loads_is_taken_and_named(tmp_path, repository, small_openwebtext, monkeypatch):
     places = ((str(tmp_path / "nothing here"), "main"), (str(repository), "main"))
     hub = dataclasses.replace(corpus.HUB["openwebtext"], places=places, config_name="sample-100BT")
@@ -171,9 +185,10 @@ def test_a_corpus_that_changed_since_it_was_begun_is_refused(tmp_path, repositor
 # ---- the result does not depend on workers, kills or max_tokens
 
 
-def test_workers_and_parts_do_not_change_a_byte(tmp_path, repository, small_parts):
+def test_workers_and_parts_do_not_change_a_byte(tmp_path, repository, small_parts, monkeypatch):
     arguments = ["fineweb-edu", f"--repository={repository}", "--config_name=sample-100BT", "--tokenizer=bytes"]
     for workers in (1, 2, 3):
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / f"cache{workers}")
         assert prepare(*arguments, f"--workers={workers}", f"--out={tmp_path / str(workers)}") == 0
     assert token_files(tmp_path / "1") == token_files(tmp_path / "2") == token_files(tmp_path / "3")
     described = [data.verify(tmp_path / str(workers))["splits"] for workers in (1, 2, 3)]
@@ -327,6 +342,16 @@ def test_reading_a_table_leaves_no_pages_of_it_in_memory(tmp_path):
     assert [len(texts[i]) for i in range(0, 4000)] == [len(f"{i} " * 2500) for i in range(4000)]
     assert mapped() - before < 15
     assert pickle.loads(pickle.dumps(texts))[17] == texts[17]  # as a spawned worker gets it
+
+
+def test_a_damaged_copy_of_a_table_names_the_file(tmp_path, repository, capsys):
+    arguments = ["fineweb-edu", f"--repository={repository}", "--tokenizer=bytes", "--workers=1"]
+    assert prepare(*arguments, f"--out={tmp_path / '0'}") == 0
+    (arrow,) = (tmp_path / "cache").rglob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:20_000])
+    assert prepare(*arguments, f"--out={tmp_path / '1'}") == 2
+    error = capsys.readouterr().err
+    assert "remove" in error and str(arrow.parent) in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("free,words", [(1000, "the token files: needs about 0.00 GB"), (0, "HF_HOME")])

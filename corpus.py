@@ -155,7 +155,7 @@ class Rows(Sequence):
     def __init__(self, paths: list[str], column: str):
         import pyarrow
 
-        self.paths, self.column, self.maps, self.chunks = paths, column, [], []
+        self.paths, self.column, self.maps, self.chunks, self.reads = paths, column, [], [], 0
         for path in paths:
             with open(path, "rb") as file:
                 self.maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -173,9 +173,12 @@ class Rows(Sequence):
     def __getitem__(self, i):
         number = int(np.searchsorted(self.first, i, "right")) - 1
         text = self.chunks[number][int(i - self.first[number])].as_py()
-        # Pages of a mapped file count as memory of each process that touched them: give them back, or the sum grows
-        # with the corpus. They stay in the system's cache.
-        self.maps[number].madvise(mmap.MADV_DONTNEED)
+        # Pages of a mapped file count as memory of each process that touched them: give them back now and then, or
+        # the sum grows with the corpus. They stay in the system's cache.
+        self.reads += 1
+        if self.reads % 64 == 0:
+            for pages in self.maps:
+                pages.madvise(mmap.MADV_DONTNEED)
         return text
 
 

@@ -3,10 +3,10 @@
     python tests/data_speed.py CORPUS.parquet NANOGPT/data/openwebtext/prepare.py        # 200 MB of text, 3 times
     python tests/data_speed.py CORPUS.parquet NANOGPT/data/openwebtext/prepare.py 1000 1
 
-The corpus is repeated to so many MB, in row groups of 1,000 documents. Each contender is a process of its own with an
-empty cache, timed from its start to its end, in turn; nanoGPT's script is run as it is, but for the data set
-it loads and, since it needs 1,024 documents in a split, the number of batches it writes.
-bare tiktoken is two processes that encode the documents, which they hold in memory, and keep nothing. Memory is
+The corpus is repeated to so many MB, in shards and row groups like the hub's. Each contender is a process of its own
+with an empty cache, timed from its start to its end, in turn; nanoGPT's script is run as it is, but for the data set
+it loads and, since it needs 1,024 documents in a split, the number of batches it writes. bare tiktoken is two
+processes that encode documents they hold in memory and keep nothing: neither start nor reading counts. Memory is
 measured in another run: the sum over the processes of what each has to itself and its share of the rest (PSS).
 """
 
@@ -30,38 +30,42 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).parent.parent
 BARE = """
 import multiprocessing, sys, time, pyarrow.parquet, tiktoken
-texts = pyarrow.parquet.read_table(sys.argv[1]).column("text").to_pylist()
+texts = [text for path in sys.argv[1:] for text in pyarrow.parquet.read_table(path).column("text").to_pylist()]
 encoding = tiktoken.get_encoding("gpt2")
 def encode_half(k):
-    started = time.time()
+    started, processor = time.time(), time.process_time()
     for text in texts[k::2]:
         encoding.encode_ordinary(text)
-    return started, time.time()
+    return started, time.time(), time.process_time() - processor
 with multiprocessing.get_context("fork").Pool(2) as pool:
-    begun, ended = zip(*pool.map(encode_half, range(2), chunksize=1))
-print(max(ended) - min(begun))
+    begun, ended, processor = zip(*pool.map(encode_half, range(2), chunksize=1))
+print(max(ended) - min(begun), sum(processor))
 """
 
 
-def repeat(corpus: str, megabytes: float, path: Path) -> int:
-    """Write the text of a corpus again and again until it has that size; return how many bytes of text."""
+def repeat(corpus: str, megabytes: float, folder: Path) -> tuple[list[str], int]:
+    """Write a corpus again and again, in shards of about 100 MB; return these and how many bytes of text they hold."""
     texts = pq.read_table(corpus, columns=["text"])
     size = sum(len(text.encode()) for text in texts.column("text").to_pylist())
     copies = -(-int(megabytes * 1e6) // size)
-    pq.write_table(pa.concat_tables([texts] * copies), path, row_group_size=1000)
-    return copies * size
+    shards, a_shard = [], max(1, round(100e6 / size))
+    for begin in range(0, copies, a_shard):
+        shards.append(str(folder / f"{begin:05d}.parquet"))
+        tables = [texts] * min(a_shard, copies - begin)
+        pq.write_table(pa.concat_tables(tables), shards[-1], row_group_size=1000)
+    return shards, copies * size
 
 
-def ours(corpus: Path, out: Path) -> list[str]:
-    command = [sys.executable, str(ROOT / "prepare_data.py"), "files", str(corpus), "--tokenizer=gpt2", "--workers=2"]
+def ours(shards: list[str], out: Path) -> list[str]:
+    command = [sys.executable, str(ROOT / "prepare_data.py"), "files", *shards, "--tokenizer=gpt2", "--workers=2"]
     return [*command, "--val_fraction=0.0005", f"--out={out}"]
 
 
-def nanogpt(script: str, corpus: Path, out: Path) -> list[str]:
+def nanogpt(script: str, shards: list[str], out: Path) -> list[str]:
     """nanoGPT's script beside the files it will write, with another data set to load."""
     text = Path(script).read_text()
     line = next(line for line in text.splitlines() if "load_dataset(" in line and "=" in line.split("load_dataset(")[0])
-    text = text.replace(line, f'    dataset = load_dataset("parquet", data_files={{"train": [{str(corpus)!r}]}})')
+    text = text.replace(line, line.replace('"openwebtext"', f'"parquet", data_files={{"train": {shards!r}}}'))
     text = text.replace("total_batches = 1024", "total_batches = min(1024, len(dset))")  # it fails on an empty batch
     out.mkdir()
     (out / "prepare.py").write_text(text)
@@ -135,19 +139,19 @@ def main():
     corpus, script, *numbers = sys.argv[1:]
     megabytes, repetitions = float((numbers or [200])[0]), int((numbers[1:] or [3])[0])
     folder = Path(tempfile.mkdtemp(prefix="inheritune-data-"))
-    n_bytes = repeat(corpus, megabytes, folder / "corpus.parquet")
-    print(f"{n_bytes / 1e6:.0f} MB of text, {os.cpu_count()} cores, Python {platform.python_version()}", flush=True)
+    shards, n_bytes = repeat(corpus, megabytes, folder)
+    machine = f"{os.cpu_count()} cores, Python {platform.python_version()}"
+    print(f"{n_bytes / 1e6:.0f} MB of text in {len(shards)} files, {machine}", flush=True)
     seconds: dict[str, list] = {"ours": [], "nanoGPT": [], "bare tiktoken": []}
     for i in range(repetitions):
         load = os.getloadavg()[0]
-        commands = {"ours": ours(folder / "corpus.parquet", folder / f"ours{i}")}
-        commands["nanoGPT"] = nanogpt(script, folder / "corpus.parquet", folder / f"nanogpt{i}")
+        commands = {"ours": ours(shards, folder / f"ours{i}")}
+        commands["nanoGPT"] = nanogpt(script, shards, folder / f"nanogpt{i}")
         for name, command in commands.items():
             seconds[name].append(timed(command, folder / "cache"))
             shutil.rmtree(folder / "cache")
-        cpu = sum(os.times()[2:4])
-        bare = subprocess.run([sys.executable, "-c", BARE, folder / "corpus.parquet"], check=True, capture_output=True)
-        seconds["bare tiktoken"].append((float(bare.stdout), sum(os.times()[2:4]) - cpu))
+        bare = subprocess.run([sys.executable, "-c", BARE, *shards], check=True, capture_output=True)
+        seconds["bare tiktoken"].append(tuple(map(float, bare.stdout.split())))
         assert hashes(folder / f"ours{i}") == hashes(folder / f"nanogpt{i}") == hashes(folder / "ours0")
         print(
             f"load {load:.1f}:",
@@ -156,14 +160,15 @@ def main():
         )
     tokens = sum((folder / "ours0" / f"{split}.bin").stat().st_size for split in ("train", "val")) // 2
     print(f"tokens equal: {tokens:,}; sha256 of train.bin, val.bin: {' '.join(hashes(folder / 'ours0'))}")
-    speed = {name: tokens / statistics.median(clock for clock, _ in values) / 1e6 for name, values in seconds.items()}
-    print(*(f"{name}: {value:.2f} M tokens/s" for name, value in speed.items()), sep="\n")
-    print(*(f"ours / {name} {speed['ours'] / value:.2f}" for name, value in speed.items() if name != "ours"), sep=", ")
+    for i, unit in enumerate(("second", "processor second")):
+        speed = {name: tokens / statistics.median(value[i] for value in values) for name, values in seconds.items()}
+        print(*(f"{name}: {value / 1e6:.2f} M tokens a {unit}" for name, value in speed.items()), sep="\n")
+        print(*(f"ours / {name}: {speed['ours'] / value:.2f}" for name, value in speed.items() if name != "ours"))
 
-    memory = peak_memory(ours(folder / "corpus.parquet", folder / "memory"), folder / "cache")
+    memory = peak_memory(ours(shards, folder / "memory"), folder / "cache")
     print(f"peak memory: {memory['Pss']:.2f} GB, {memory['Rss']:.2f} GB with shared pages counted for each process")
     second = statistics.median(clock for clock, _ in seconds["ours"]) / 8
-    found = killed(ours(folder / "corpus.parquet", folder / "killed"), folder / "killed", folder / "cache", second)
+    found = killed(ours(shards, folder / "killed"), folder / "killed", folder / "cache", second)
     print(f"killed ten times; tokens of train.bin kept at each kill: {found}")
     print(f"the same bytes: {hashes(folder / 'killed') == hashes(folder / 'ours0')}")
     shutil.rmtree(folder)

@@ -11,6 +11,7 @@ import errno
 import glob
 import hashlib
 import json
+import math
 import mmap
 import os
 import platform
@@ -188,18 +189,24 @@ def one_line(error: BaseException) -> str:
     return f"{text[:300]}..." if len(text) > 300 else text or type(error).__name__
 
 
-def check_disk(folder: str | Path, need: int, what: str, remedy: str):
-    """Say how many bytes are needed in a folder that may not exist yet. Raises UserError if they are not free."""
-    there = next(path for path in [Path(folder).absolute(), *Path(folder).absolute().parents] if path.exists())
-    free = shutil.disk_usage(there).free
-    message = f"{what}: needs about {need / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free"
-    if need > free:
-        raise UserError(f"{message}; {remedy}")
+def check_disk(what: str, needs: dict[str, float]):
+    """Say how many bytes are needed in folders, which may not exist yet. Raises UserError if they are not free."""
+    there = {}
+    for folder in needs:
+        parents = [Path(folder).absolute(), *Path(folder).absolute().parents]
+        there[folder] = next(path for path in parents if path.exists())
+    message = f"{what}: needs about {' and '.join(f'{need / 1e9:.2f} GB in {path}' for path, need in needs.items())}"
+    for folder in needs:
+        on_this_disk = [other for other in needs if there[other].stat().st_dev == there[folder].stat().st_dev]
+        free = shutil.disk_usage(there[folder]).free
+        if sum(needs[other] for other in on_this_disk) > free:
+            remedy = "free some, set HF_HOME or --out to a larger disk, or lower --max_tokens"
+            raise UserError(f"{message}, where {free / 1e9:.2f} GB are free; {remedy}")
     print(message)
 
 
-def load(path: str, column: str, workers: int, name: str | None = None, **options) -> tuple[Rows, str]:
-    """The text column of what `datasets` knows by a name, and its revision. Downloads it unless it is in the cache.
+def load(config, path: str, name: str | None = None, **options) -> tuple[Rows, str]:
+    """The text column of what `datasets` knows by a name, downloaded unless it is in the cache, and its revision.
 
     The revision is the commit for a repository on the hub, else a digest of the names, sizes and times of the files.
     Raises UserError.
@@ -226,9 +233,10 @@ def load(path: str, column: str, workers: int, name: str | None = None, **option
         if not os.path.isdir(builder.cache_dir):
             size = sum(fs.size(file) for fs, file in map(fsspec.core.url_to_fs, files))
             unpacked = builder.info.dataset_size or 2 * size  # text in parquet takes about half of its size
-            remedy = "free some, or set HF_HOME to a larger disk"
-            check_disk(datasets.config.HF_DATASETS_CACHE, unpacked + (0 if local else size), f"reading {path}", remedy)
-        processes = min(workers, len(files))
+            tokens = min(unpacked / 4, config.max_tokens or math.inf)  # told better once there is text to encode
+            cache = str(datasets.config.HF_DATASETS_CACHE)
+            check_disk(f"reading {path}", {cache: unpacked + (0 if local else size), config.out: 2 * tokens})
+        processes = min(config.workers, len(files))
         builder.download_and_prepare(num_proc=processes if processes > 1 else None)
         if "train" not in builder.info.splits or not builder.info.splits["train"].num_examples:
             raise UserError(f"{path}: found no rows in a split train, expected its documents there; choose another")
@@ -239,9 +247,9 @@ def load(path: str, column: str, workers: int, name: str | None = None, **option
         table = builder.as_dataset(split="train")
     except (OSError, ValueError) as error:
         raise UserError(f"{builder.cache_dir}: {one_line(error)}; remove this folder, and it is made again") from None
-    if column not in table.column_names:
-        raise UserError(f"no column {column!r}; found {', '.join(table.column_names)}; set --text_column")
-    return Rows([file["filename"] for file in table.cache_files], column), revision
+    if config.text_column not in table.column_names:
+        raise UserError(f"no column {config.text_column!r}; found {', '.join(table.column_names)}; set --text_column")
+    return Rows([file["filename"] for file in table.cache_files], config.text_column), revision
 
 
 def from_hub(config, begun: dict | None) -> tuple[Rows, dict]:
@@ -257,7 +265,7 @@ def from_hub(config, begun: dict | None) -> tuple[Rows, dict]:
         # a directory that is laid out like a repository is read by the same code, but has no revisions
         options = {} if os.path.isdir(repository) else {"revision": revision}
         try:
-            texts, found = load(repository, config.text_column, config.workers, name, **options)
+            texts, found = load(config, repository, name, **options)
         except NotLoaded as error:
             if error.exit_code != 2:
                 raise
@@ -316,6 +324,6 @@ def documents(config, begun: dict | None) -> tuple[Sequence, dict]:
         return TextFiles(config.paths, "line", config.text_column), origin
     try:
         paths = [glob.escape(path) for path in config.paths]
-        return load("parquet", config.text_column, config.workers, data_files=paths)[0], origin
+        return load(config, "parquet", data_files=paths)[0], origin
     except NotLoaded as error:
         raise UserError(f"files: not readable as parquet: {error}; replace it", error.exit_code) from None

@@ -10,8 +10,8 @@ Documents are put in a fixed random order and the first ones become the validati
 splits OpenWebText: the same documents for any --max_tokens. Each document is encoded as plain text (it cannot
 forge a special token) and followed by one end-of-text. The bytes written do not depend on the number of workers.
 
-A preparation that was stopped, however, goes on where it was with the same command: progress.json tells how far
-the token files are whole. Memory does not grow with the corpus, but for 12 bytes for each document at most.
+Stopped in any way, a preparation goes on where it was with the same command: progress.json tells how far the token
+files are whole. Memory does not grow with the corpus, but for 12 bytes for each document at most.
 """
 
 import collections
@@ -287,7 +287,7 @@ def main():
         raise UserError(f"{out} was begun with {begun.get('documents')} documents, found {len(texts)}; remove it first")
     size, job = expected_size(config, texts, encoding, dtype, indices)
     size -= sum(path.stat().st_size for path in out.glob("*.bin"))
-    corpus.check_disk(out, max(size, 0), "the token files", "free some, choose another --out, or set --max_tokens")
+    corpus.check_disk("the token files", {config.out: max(size, 0)})
 
     def encode_rest(order):
         return encoded(pool, order, job, ahead=4 * config.workers)

@@ -171,9 +171,7 @@ def test_a_corpus_out_of_reach_names_every_place_and_the_remedy(tmp_path, capsys
 def test_a_corpus_that_changed_since_it_was_begun_is_refused(tmp_path, repository, capsys):
     copy, out = tmp_path / "copy", tmp_path / "out"
     shutil.copytree(repository, copy)
-    config = SimpleNamespace(
-        source="fineweb-edu", repository=str(copy), revision=None, config_name=None, text_column="text", workers=1
-    )
+    config = prepare_data.checked(prepare_data.PrepareConfig("fineweb-edu", repository=str(copy), workers=1))
     texts, origin = corpus.documents(config, None)
     assert corpus.documents(config, origin)[1] == origin and len(texts) == 30
     os.utime(copy / "sample/10BT/000_00000.parquet")
@@ -329,7 +327,7 @@ def test_jobs_in_memory_are_bounded():
 def test_reading_a_table_leaves_no_pages_of_it_in_memory(tmp_path):
     import datasets
 
-    config = SimpleNamespace(source="files", paths=(str(tmp_path / "a.parquet"),), text_column="text", workers=1)
+    config = prepare_data.checked(prepare_data.PrepareConfig("files", (str(tmp_path / "a.parquet"),), workers=1))
     datasets.Dataset.from_dict({"text": [f"{i} " * 2500 for i in range(4000)]}).to_parquet(config.paths[0])  # 46 MB
     texts, _ = corpus.documents(config, None)
 
@@ -354,28 +352,34 @@ def test_a_damaged_copy_of_a_table_names_the_file(tmp_path, repository, capsys):
     assert "remove" in error and str(arrow.parent) in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("free,words", [(1000, "the token files: needs about 0.00 GB"), (0, "HF_HOME")])
-def test_what_does_not_fit_on_the_disk_is_not_begun(tmp_path, repository, monkeypatch, capsys, free, words):
-    """With 1,000 bytes free for the token files, or nothing for the copy that `datasets` makes."""
+@pytest.mark.parametrize("cached,words", [(False, "reading"), (True, "the token files")])
+def test_what_does_not_fit_on_the_disk_is_not_begun(tmp_path, repository, monkeypatch, capsys, cached, words):
+    """Neither the copy that `datasets` makes, nor, if that is there, the token files."""
+    arguments = ["fineweb-edu", f"--repository={repository}", "--tokenizer=bytes"]
+    if cached:
+        assert prepare(*arguments, f"--out={tmp_path / 'other'}") == 0
     usage = shutil.disk_usage(tmp_path)
-
-    def disk_usage(path):
-        return usage._replace(free=usage.free if free and "cache" in str(path) else free)
-
-    (tmp_path / "cache").mkdir()
-    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
-    arguments = ["fineweb-edu", f"--repository={repository}", "--tokenizer=bytes", f"--out={tmp_path / 'out'}"]
-    assert prepare(*arguments) == 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert prepare(*arguments, f"--out={tmp_path / 'out'}") == 2
     error = capsys.readouterr().err
-    assert words in error and "are free; free some" in error and error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert error.startswith(f"error: {words}") and "where 0.00 GB are free; free some, set HF_HOME or --out" in error
+    assert error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_folders_on_one_disk_must_fit_there_together(tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**9))
+    corpus.check_disk("one", {str(tmp_path / "a/b"): 6e8})
+    assert "one: needs about 0.60 GB in" in capsys.readouterr().out
+    with pytest.raises(UserError, match="0.60 GB in .*/a/b and 0.50 GB in .*/c, where 1.00 GB are free"):
+        corpus.check_disk("both", {str(tmp_path / "a/b"): 6e8, str(tmp_path / "c"): 5e8})
 
 
 def test_the_disk_that_is_needed_is_said(tmp_path, data_dir, capsys):
     assert prepare("files", data_dir.parent / "corpus.jsonl", f"--out={tmp_path / 'out'}") == 0
     size = sum(map(len, token_files(tmp_path / "out")))
     assert f"the token files: needs about {size / 1e9:.2f} GB" in capsys.readouterr().out
-    config = SimpleNamespace(max_tokens=None)
+    config = prepare_data.PrepareConfig("files")
     texts = corpus.TextFiles([str(data_dir.parent / "corpus.jsonl")], "line", "text")
     indices = prepare_data.split(60, 0.005, 2357)
     assert prepare_data.expected_size(config, texts, data.tokenizer("bytes"), "<u2", indices)[0] == size

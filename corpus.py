@@ -185,7 +185,7 @@ class Rows(Sequence):
 
 def one_line(error: BaseException) -> str:
     """What went wrong, from the error that another one was raised for."""
-    text = " ".join(str(error.__cause__ or error).split())
+    text = " ".join(str(error.__cause__ or error).split()).rstrip(".")
     return f"{text[:300]}..." if len(text) > 300 else text or type(error).__name__
 
 

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiktoken
-from conftest import call_script
+from conftest import call_script, run_script
 
 import corpus
 import data
@@ -451,6 +451,12 @@ def test_a_corpus_that_is_wrong_is_one_line_and_leaves_nothing_that_looks_finish
     error = capfd.readouterr().err
     assert error.startswith("error: ") and words in error and error.count("\n") == 1
     assert not (tmp_path / "out" / "meta.json").exists() and not (tmp_path / "out" / "progress.json").exists()
+
+
+def test_what_datasets_logs_of_a_damaged_table_is_not_a_second_line(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"nonsense")
+    done = run_script("prepare_data.py", "files", tmp_path / "a.parquet", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_a_bad_line_far_into_a_corpus_is_named_and_what_was_done_is_not_taken_for_finished(

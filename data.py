@@ -151,9 +151,15 @@ def main():
     if len(sys.argv) != 2:
         raise UserError("usage: python -m data DIR")
     meta = verify(sys.argv[1])
-    print(f"{sys.argv[1]}: {meta['source']}, tokenizer {meta['tokenizer']}, {meta['dtype']}")
+    origin = " ".join(str(meta[key]) for key in ("source", "repository", "config_name", "revision") if meta.get(key))
+    print(f"{sys.argv[1]}: {origin}, tokenizer {meta['tokenizer']}, {meta['dtype']}; sizes and hashes are right")
     for split, entry in meta["splits"].items():
         print(f"  {split:5s} {entry['tokens']:>14,} tokens {entry['documents']:>10,} documents  {entry['sha256'][:12]}")
+    encoding = tokenizer(meta["tokenizer"])
+    for split in meta["splits"]:  # the first documents of each: what a wrong encoding or a wrong column looks like
+        tokens = np.memmap(Path(sys.argv[1]) / f"{split}.bin", dtype=meta["dtype"], mode="r")[:100_000]
+        for document in np.split(tokens, np.flatnonzero(tokens == meta["eot"]) + 1)[:2]:
+            print(f"  {split:5s} {encoding.decode(document[:50].tolist())[:100]!r} ...")
 
 
 if __name__ == "__main__":

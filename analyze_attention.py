@@ -137,20 +137,20 @@ def analyze(config: AnalyzeConfig) -> dict:
         del model  # before the next one is loaded
     layers = {name: summarize(by_layer, config.lazy_below) for name, by_layer in values.items()}
 
-    def about(name: str, path: Path) -> dict:
+    def about(name: str, given: str, path: Path) -> dict:
         by_head = {key: [by_layer[key].mean(1).tolist() for by_layer in values[name].values()] for key in MEASURES}
         return {
-            "model": str(path), "sha256": storage.TensorFiles(path).sha256(),
+            "name": Path(given).name, "model": str(path), "sha256": storage.TensorFiles(path).sha256(),
             "layers_before_lazy_tail": layers_before_lazy_tail(layers[name]), "layers": layers[name],
             "heads": by_head,  # (L, H) each
         }  # fmt: skip
 
-    result = about("model", paths[0]) | {
+    result = about("model", config.model, paths[0]) | {
         "data": str(config.data_dir), "data_sha256": meta["splits"]["val"]["sha256"],
         "T": T, "tau": config.tau, "sequences": S, "sequences_asked": config.sequences,
         "average_first": config.average_first, "lazy_below": config.lazy_below,
         "untrained": layers.get("untrained"), "examples": [entry for entry, _ in heads],
-        "compared": about("compared", paths[1]) if config.compare else None,
+        "compared": about("compared", config.compare, paths[1]) if config.compare else None,
     }  # fmt: skip
 
     beside = Path(config.model) / "attention" if Path(config.model).is_dir() else Path("out/attention") / config.model
@@ -213,10 +213,10 @@ def conditions(result: dict) -> str:
     return f"T = {result['T']}, τ = {result['tau']}, n = {result['sequences']} sequences; {bands}"
 
 
-def plot_layers(axes, lines: dict[str, list[dict]]):
-    """Rank and columns by layer on two axes, a line with its error band for each of {title: rows of summarize}."""
+def plot_layers(axes, lines: list[tuple[str, list[dict]]]):
+    """Rank and columns by layer on two axes, a line with its error band for each (title, rows of summarize)."""
     for axis, name, label in zip(axes, ("max_rank", "max_columns"), ("rank k*", "columns c*"), strict=True):
-        for (title, rows), color, style in zip(lines.items(), COLORS, STYLES, strict=False):
+        for (title, rows), color, style in zip(lines, COLORS, STYLES, strict=False):
             layers = [row["layer"] for row in rows]
             mean, error = (np.array([row[name + end] for row in rows]) for end in ("", "_se"))
             axis.plot(layers, mean, style, color=color, label=title, markersize=5)
@@ -235,20 +235,18 @@ def plot(result: dict, path: Path):
     from matplotlib import pyplot as plt
 
     models = [model for model in (result, result["compared"]) if model]
-    titles = [
-        Path(model["model"]).parent.name if "step-" in model["model"] else Path(model["model"]).name for model in models
-    ]
+    lines = [(model["name"], model["layers"]) for model in models]
+    lines += [("untrained", result["untrained"])] if result["untrained"] else []
     figure, axes = plt.subplots(1, 2 + len(models), figsize=(9 + 3.6 * len(models), 3.8), layout="constrained")
-    lines = dict(zip(titles, (model["layers"] for model in models), strict=True))
-    plot_layers(axes[:2], lines | ({"untrained": result["untrained"]} if result["untrained"] else {}))
+    plot_layers(axes[:2], lines)
     maps = [list(itertools.zip_longest(*model["heads"]["rank"], fillvalue=np.nan)) for model in models]  # (H, L)
     largest = max(np.nanmax(ranks) for ranks in maps)
-    for axis, title, model, ranks in zip(axes[2:], titles, models, maps, strict=True):
+    for axis, model, ranks in zip(axes[2:], models, maps, strict=True):
         image = axis.imshow(ranks, aspect="auto", cmap="viridis", vmin=1, vmax=largest)
         layers = [row["layer"] for row in model["layers"]]
         shown = range(0, len(layers), max(1, len(layers) // 8))
         axis.set_xticks(list(shown), [str(layers[i]) for i in shown])
-        axis.set(xlabel="layer", ylabel="head", title=f"{title}: mean rank of each head")
+        axis.set(xlabel="layer", ylabel="head", title=f"{model['name']}: mean rank of each head")
         axis.yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=axes[2:], label="rank k*")
     figure.suptitle(conditions(result))
@@ -266,7 +264,7 @@ def plot_heads(result: dict, matrices: list[np.ndarray], path: Path):
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for axis, entry, matrix, color, style in zip(axes, result["examples"], matrices, COLORS, STYLES, strict=False):
-        name = f"{entry['title']}: layer {entry['layer']}, head {entry['head']}"
+        name = f"{entry['title']}: layer {entry['layer']}, head {entry['head']}, mean k* {entry['mean_rank']:.1f}"
         causal = np.ma.masked_where(np.triu(np.ones_like(matrix), 1) > 0, matrix)
         image = axis.imshow(causal, cmap="cividis", norm=LogNorm(1e-3, 1, clip=True), interpolation="nearest")
         axis.set(xlabel="position read", ylabel="position reading", title=name)
@@ -274,6 +272,7 @@ def plot_heads(result: dict, matrices: list[np.ndarray], path: Path):
     figure.colorbar(image, ax=axes[:2], label="attention (below 0.001 as 0.001)")
     axes[2].axhline(result["tau"], color="#000000", linewidth=0.8, linestyle=":", label=f"τ = {result['tau']}")
     axes[2].set(xlabel="directions k", ylabel="share of the energy in the first k", ylim=(0, 1.02), xscale="log")
+    axes[2].xaxis.set_major_formatter("{x:.0f}")
     axes[2].spines[["top", "right"]].set_visible(False)
     axes[2].legend(frameon=False, loc="lower right")
     which = "mean over all sequences" if result["average_first"] else "first sequence"

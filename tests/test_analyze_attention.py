@@ -3,16 +3,21 @@
 import csv
 import json
 import math
+import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import call_script, random_model
-from test_attention import svd_rank
+from safetensors.torch import load_file, save_file
+from test_attention import svd_rank, tiny
 
 import analyze_attention
 import attention
 import checkpoint
+import inherit
 from configurator import UserError
 
 
@@ -84,3 +89,87 @@ def test_an_impossible_setting_is_one_line(reference, data_dir, tmp_path, capsys
     arguments = [reference, f"--data_dir={data_dir}", f"--out={tmp_path / 'a'}", wrong]
     assert call_script(analyze_attention, *arguments) == 2
     assert "expected 2 <= seq_len <= block_size 32" in capsys.readouterr().err
+
+
+def test_two_models_stand_side_by_side(reference, data_dir, tmp_path, capsys):
+    call_script(inherit, f"--reference={reference}", "--layers=0:2", f"--out={tmp_path / 'two'}")
+    arguments = [reference, f"--compare={tmp_path / 'two'}", f"--data_dir={data_dir}", f"--out={tmp_path / 'a'}"]
+    assert call_script(analyze_attention, *arguments, "--sequences=3", "--control=False", "--device=cpu") == 0
+    result = json.loads((tmp_path / "a" / "attention.json").read_text())
+    compared = result["compared"]
+    assert result["untrained"] is None and len(compared["layers"]) == 2
+    assert compared["layers"] == result["layers"][:2]  # the first layers are the reference's, and so is their input
+    assert compared["heads"]["rank"] == result["heads"]["rank"][:2] and compared["sha256"] != result["sha256"]
+    assert capsys.readouterr().out.count("k that this suggests") == 2
+    examples = {entry["title"]: entry for entry in result["examples"]}
+    ranks = np.array(result["heads"]["rank"])
+    assert examples["most collapsed"]["mean_rank"] == ranks.min()
+    assert examples["least collapsed"]["mean_rank"] == ranks.max()
+    for entry in examples.values():
+        assert ranks[entry["layer"], entry["head"]] == entry["mean_rank"]
+        assert entry["share"][-1] >= 0.99 and entry["share"] == sorted(entry["share"])
+    for name in ("attention.png", "heads.png"):
+        assert (tmp_path / "a" / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory, documents) -> Path:
+    """A tiny random Llama on disk, with a tokenizer of its own."""
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(documents, vocab_size=290, special_tokens=["<end>"], show_progress=False)
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<end>")
+    wrapped.save_pretrained(folder)
+    tiny("Llama", num_key_value_heads=2).save_pretrained(folder)
+    return folder
+
+
+def test_another_family_reads_the_same_text_in_its_own_tokens(llama, data_dir, documents, tmp_path, capsys):
+    import transformers
+
+    arguments = [llama, f"--data_dir={data_dir}", f"--out={tmp_path / 'a'}", "--sequences=3", "--device=cpu"]
+    assert call_script(analyze_attention, *arguments) == 0, capsys.readouterr().err
+    result = json.loads((tmp_path / "a" / "attention.json").read_text())
+    assert (result["T"], len(result["layers"]), len(result["untrained"])) == (64, 3, 3)
+
+    model, tokenizer = attention.load_model(llama), transformers.AutoTokenizer.from_pretrained(llama)
+    tokens = attention.validation_tokens(llama, model, data_dir, 64)
+    texts = tokenizer.decode(tokens).split("<end>")
+    assert texts.pop() == "" and len(texts) == 6 and set(texts) <= set(documents)  # the tenth of sixty documents
+    starts = np.linspace(0, (len(tokens) - 1) // 64 - 1, 3).astype(int) * 64
+    with torch.no_grad():
+        own = model(torch.tensor(np.stack([tokens[s : s + 64] for s in starts])), output_attentions=True).attentions
+    for row, matrices in zip(result["layers"], own, strict=True):
+        ranks = np.array([[svd_rank(matrix, 0.9) for matrix in heads] for heads in matrices])  # (S, H)
+        assert row["max_rank"] == ranks.max(1).mean() and row["mean_rank"] == pytest.approx(ranks.mean())
+
+
+def test_what_is_wrong_with_a_model_of_another_family_is_one_line(llama, data_dir, tmp_path, capsys):
+    def error(folder: str) -> str:
+        assert call_script(analyze_attention, tmp_path / folder, f"--data_dir={data_dir}") == 2
+        return capsys.readouterr().err
+
+    shutil.copytree(llama, tmp_path / "speechless")
+    for file in (tmp_path / "speechless").glob("*token*"):
+        file.unlink()
+    assert "no tokenizer to be read there" in error("speechless")
+
+    shutil.copytree(llama, tmp_path / "incomplete")
+    path = tmp_path / "incomplete" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert "no weights for model.layers.1.self_attn.k_proj.weight" in error("incomplete")
+
+    shutil.copytree(llama, tmp_path / "unknown")
+    config = json.loads((llama / "config.json").read_text()) | {"model_type": "nobody"}
+    (tmp_path / "unknown" / "config.json").write_text(json.dumps(config))
+    found = error("unknown")
+    assert "transformers cannot load it" in found and found.count("\n") == 1
+
+
+def test_without_transformers_the_error_names_it(llama, data_dir, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert call_script(analyze_attention, llama, f"--data_dir={data_dir}") == 2
+    assert "is of type 'llama', which takes transformers; pip install transformers" in capsys.readouterr().err

@@ -1,13 +1,17 @@
 """attention.py: matrices whose rank is known, a plain SVD beside it, what a subspace proves, transformers' models."""
 
 import math
+import weakref
 
 import pytest
 import torch
+from conftest import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import attention
 from attention import approximate_rank, column_count, sink
+from configurator import UserError
 
 
 def svd_rank(matrix: torch.Tensor, tau: float) -> int:
@@ -87,3 +91,112 @@ def test_half_precision_is_measured_in_float32():
     attention = random_attention(32, 3, 0).bfloat16()
     assert torch.equal(approximate_rank(attention), approximate_rank(attention.float()))
     assert torch.equal(column_count(attention), column_count(attention.float()))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What a subspace proves
+
+
+def proofs(matrices: torch.Tensor, tau: float) -> list[int]:
+    """proven_rank of matrices (N, T, T) for the first width."""
+    gram = matrices.mT @ matrices
+    trace, norm = gram.diagonal(dim1=-2, dim2=-1).double().sum(-1), torch.linalg.matrix_norm(gram).double()
+    return attention.proven_rank(gram, trace, norm, tau, attention.WIDTHS[0]).tolist()
+
+
+@settings(max_examples=60)
+@given(energies=st.lists(st.floats(0, 1), min_size=40, max_size=40), seed=st.integers(0, 99), tau=st.floats(0.05, 0.99))
+def test_what_a_subspace_proves_is_the_rank_whatever_the_spectrum(energies, seed, tau):
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.linalg.qr(torch.randn(40, 40, generator=generator)).Q for _ in range(2))
+    matrix = left * torch.tensor([1.0, *energies[1:]]).sqrt() @ right
+    (found,) = proofs(matrix[None], tau)
+    assert found in (0, svd_rank(matrix, tau))
+
+
+def test_lazy_heads_need_no_spectrum_and_others_get_one(monkeypatch):
+    """Heads with a sink, of ranks 1 to 8, are proven by a subspace; sharp random ones have no low rank to prove."""
+    logits = torch.randn(1, 12, 128, 128, generator=torch.Generator().manual_seed(0))
+    logits[..., 0] += torch.linspace(3, 6, 12)[:, None]
+    lazy = logits.masked_fill(torch.ones(128, 128).triu(1).bool(), -math.inf).softmax(-1)
+    both = torch.cat([lazy, random_attention(128, 4, 0)], dim=1)
+    expected = [svd_rank(matrix, 0.9) for matrix in both[0]]
+    assert min(expected) == 1 and 2 <= max(expected[:12]) <= 8 and min(expected[12:]) > 40
+    spectra, eigvalsh = [], torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda A: spectra.append(A.shape) or eigvalsh(A))
+    assert approximate_rank(both)[0].tolist() == expected
+    assert [shape for shape in spectra if shape[-1] == 128] == [(3, 128, 128)]  # in one batch, and of these alone
+
+
+@pytest.mark.parametrize("T", [2, 17, 64, 100])
+def test_gram_matrices_of_causal_and_other_matrices(T):
+    causal, full = random_attention(T, 1, 0)[0], torch.rand(3, T, T)
+    for matrices in (causal, full):
+        torch.testing.assert_close(attention.gram_matrices(matrices), matrices.mT @ matrices)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Models
+
+
+SHAPE = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+FAMILIES = {"Llama": {"num_key_value_heads": 2}, "Qwen3": {"num_key_value_heads": 2, "head_dim": 8}, "GPTNeoX": {}}
+
+
+def tiny(family: str, **changes):
+    """A randomly initialised model of a family of transformers, with eager attention."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SHAPE | changes)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_measures_are_those_of_the_family_s_own_output_attentions(family):
+    model, idx = tiny(family, **FAMILIES[family]), torch.randint(300, (3, 40))
+    values = attention.measure(model, idx, 0.9, micro_batch=2)
+    with torch.no_grad():
+        own = model(idx, output_attentions=True).attentions
+    assert list(values) == [0, 1, 2]
+    for layer, matrices in enumerate(own):  # (S, H, T, T)
+        expected = [[svd_rank(matrix, 0.9) for matrix in heads] for heads in matrices]
+        assert matrices.shape == (3, 4, 40, 40) and values[layer]["rank"].T.tolist() == expected
+        expected = [[plain_columns(matrix, 0.9) for matrix in heads] for heads in matrices]
+        assert values[layer]["columns"].T.tolist() == expected
+        torch.testing.assert_close(torch.tensor(values[layer]["sink"].T), matrices[..., 0].mean(-1).double())
+
+
+def test_one_layer_of_one_batch_is_in_memory_at_a_time():
+    model, alive, most = tiny("Llama", num_hidden_layers=6), [], 0
+
+    def visit(layer, matrices):
+        nonlocal most
+        alive.append(weakref.ref(matrices))
+        most = max(most, sum(reference() is not None for reference in alive))
+
+    attention.visit_layers(model, torch.randint(300, (2, 20)), visit)
+    assert len(alive) == 6 and most == 1
+
+
+def test_layers_without_attention_are_named_and_a_model_without_any_is_refused(capsys):
+    linear = {f"linear_{kind}": 8 for kind in ("key_head_dim", "value_head_dim")}
+    linear |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_experts": 2, "num_experts_per_tok": 1}
+    linear |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "head_dim": 8}
+    kinds = ["linear_attention", "full_attention", "linear_attention"]
+    idx = torch.randint(300, (2, 20))
+    hybrid = tiny("Qwen3Next", num_key_value_heads=2, layer_types=kinds, **linear)
+    assert list(attention.measure(hybrid, idx, 0.9, 2)) == [1]
+    assert "layers [0, 2] have no attention matrix" in capsys.readouterr().out
+    with pytest.raises(UserError, match="MambaForCausalLM: no layer has an attention matrix"):
+        attention.measure(tiny("Mamba", state_size=4), idx, 0.9, 2)
+
+
+def test_average_first_is_the_rank_of_the_mean_matrix():
+    model, idx = random_model(dtype=torch.float32), torch.randint(65, (5, 16))
+    values = attention.measure(model, idx, 0.9, micro_batch=2, average_first=True)
+    for layer, matrices in enumerate(model.attention_matrices(idx)):
+        expected = [[svd_rank(matrix, 0.9)] for matrix in matrices.double().mean(0)]
+        assert values[layer]["rank"].tolist() == expected

@@ -186,9 +186,9 @@ def write_csv(values: dict[str, dict[int, dict[str, np.ndarray]]], path: Path):
 
 def print_table(result: dict):
     """A line for each layer; the lazy ones are marked. After it the compared model's, if there is one."""
-    mean = "of their mean matrix" if result.get("average_first") else "mean ± s.e."
+    what = "of their mean matrix, so without s.e." if result["average_first"] else "mean ± s.e."
     for model in filter(None, (result, result.get("compared"))):
-        print(f"{model['model']}: T {result['T']}, tau {result['tau']}, {result['sequences']} sequences; {mean}")
+        print(f"{model['model']}: T {result['T']}, tau {result['tau']}, {result['sequences']} sequences; {what}")
         print("layer   largest head rank   mean head rank   largest columns   sink   heads of rank 1")
         for row in model["layers"]:
             print(
@@ -264,10 +264,11 @@ def plot_heads(result: dict, matrices: list[np.ndarray], path: Path):
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for axis, entry, matrix, color, style in zip(axes, result["examples"], matrices, COLORS, STYLES, strict=False):
-        name = f"{entry['title']}: layer {entry['layer']}, head {entry['head']}, mean k* {entry['mean_rank']:.1f}"
+        name = f"layer {entry['layer']}, head {entry['head']}"
         causal = np.ma.masked_where(np.triu(np.ones_like(matrix), 1) > 0, matrix)
         image = axis.imshow(causal, cmap="cividis", norm=LogNorm(1e-3, 1, clip=True), interpolation="nearest")
-        axis.set(xlabel="position read", ylabel="position reading", title=name)
+        axis.set(xlabel="position read", ylabel="position reading")
+        axis.set_title(f"{entry['title']}: {name}\nmean k* = {entry['mean_rank']:.1f}", fontsize=11)
         axes[2].plot(range(1, len(entry["share"]) + 1), entry["share"], style, color=color, label=name, markersize=4)
     figure.colorbar(image, ax=axes[:2], label="attention (below 0.001 as 0.001)")
     axes[2].axhline(result["tau"], color="#000000", linewidth=0.8, linestyle=":", label=f"τ = {result['tau']}")

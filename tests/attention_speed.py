@@ -29,7 +29,7 @@ import attention
 import checkpoint
 import configurator
 import data
-from attention import TIE, column_count, measure, sink
+from attention import column_count, measure, sink
 from machine import versions
 from model import GPT, GPTConfig
 
@@ -107,7 +107,7 @@ def verdicts(found: torch.Tensor, energy: torch.Tensor) -> list[int]:
     A tie: between the count found and the expected one every share is within 1e-5 of tau, which float32 cannot tell.
     """
     share = energy.cumsum(-1) / energy.sum(-1, keepdim=True)
-    expected = (share < TAU * (1 - TIE)).sum(-1) + 1
+    expected = (share < TAU).sum(-1) + 1
     verdict = []
     for k, k_expected, row in zip(found.tolist(), expected.tolist(), share, strict=True):
         between = row[min(k, k_expected) - 1 : max(k, k_expected) - 1]  # the shares that one reached tau with

@@ -1,133 +1,73 @@
 """How much do the attention matrices of each layer still say? Approximate rank and column mass by layer and head.
 
     python analyze_attention.py out/demo/reference --data_dir=data/demo
-    python analyze_attention.py out/demo/reference --data_dir=data/demo --out=out/rank --seq_len=64 --sequences=32
+    python analyze_attention.py out/demo/reference --compare=out/demo/inherited-4 --data_dir=data/demo --out=out/both
+    python analyze_attention.py some/llama --data_dir=data/demo --control=False   # any decoder of transformers
     python analyze_attention.py gpt2 --data_dir=data/mine --lazy_below=2     # data of the gpt2 tokenizer
 
 A is the causal attention matrix of one layer, head and sequence: T x T, each row sums to 1. It is always of full
 rank (its diagonal is positive), so only an approximate rank means anything; it depends on T and tau, which are
 recorded. "Few columns hold the mass" is also what an attention sink looks like, so column 0 is reported apart.
-An untrained model of the same shape is the control. Results: attention.json, attention.csv and attention.png.
+An untrained model of the same shape is the control. What is measured, and how, is in attention.py.
 
-Suffixes: B sequences, H heads, T positions, L layers.
+Results: attention.json, attention.csv, attention.png (drawn from the JSON) and heads.png (two heads as examples).
+Suffixes: H heads, S sequences, T positions.
 """
 
 import csv
-import math
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
-from tqdm import tqdm
 
-import checkpoint
 import configurator
 import data
 import storage
+from attention import MEASURES, load_model, longest_sequence, measure, validation_tokens, visit_layers
 from configurator import UserError
 from machine import pick_device
-from model import GPT
 
-MEASURES = ("rank", "columns", "sink")
+LONGEST = 1024  # T unless another is asked for: GPT-2's, and enough for models that read far more
+COLORS = ("#0072B2", "#D55E00", "#000000", "#009E73")  # of Okabe and Ito: told apart by the colour-blind
+STYLES = ("o-", "s--", "^:", "D-.")  # and in grey
 
 
 @dataclass
 class AnalyzeConfig:
-    """Measure the attention rank of every layer and head of a GPT-2 checkpoint on validation text."""
+    """Measure the attention rank of every layer and head of a model on validation text."""
 
     model: tyro.conf.Positional[str]  # a checkpoint, a run directory or a name on the hub
-    data_dir: str = "data/python"  # made by prepare_data.py with the model's tokenizer
+    compare: str = ""  # another one to put beside it, such as what inherited from it; on the same text
+    data_dir: str = "data/python"  # made by prepare_data.py, for a GPT-2 with its own tokenizer
     out: str = ""  # directory for the results; the default is MODEL/attention, for a hub name out/attention/MODEL
-    seq_len: int = 0  # T; 0: the model's block_size
+    seq_len: int = 0  # T; 0: as long as the models read, at most LONGEST
     sequences: int = 16  # validation windows, spread evenly
     tau: float = 0.90  # share of the energy that counts as all
     lazy_below: float = 2.0  # a layer is lazy if its largest head rank is below this, averaged over sequences
+    average_first: bool = False  # measure the mean of all sequences' matrices, as the authors' notebook does
     control: bool = True  # measure an untrained model of the same shape too
     micro_batch: int = 4  # sequences at a time; only a matter of memory
     device: str = "auto"
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The measures: pure functions of attention matrices
+# Numbers
 
 
-def approximate_rank(attention_BHTT: torch.Tensor, tau: float = 0.90) -> torch.Tensor:
-    """k*(tau) (B, H): the least k with sum of the k largest sigma² >= tau · sum of all sigma²; from 1 to T.
-
-    One direction (rank one) gives 1, the identity ceil(tau·T). sigma² are the eigenvalues of A·Aᵀ, which cost half
-    of a singular value decomposition. The values have to be finite.
-    """
-    attention_BHTT = attention_BHTT.to(torch.promote_types(attention_BHTT.dtype, torch.float32))  # no half precision
-    gram_BHTT = attention_BHTT @ attention_BHTT.mT
-    if gram_BHTT.device.type == "mps":  # has no eigvalsh
-        gram_BHTT = gram_BHTT.cpu()
-    return least_count(torch.linalg.eigvalsh(gram_BHTT).flip(-1), tau)  # largest first
-
-
-def column_count(attention_BHTT: torch.Tensor, tau: float = 0.90) -> torch.Tensor:
-    """c*(tau) (B, H): the fewest columns that hold tau of the squared mass ‖A‖²; from 1 to T, never below k*.
-
-    The paper plots "columns with 90% total mass" without a formula. The squared mass is our reading of it: the
-    best c columns are a rank-c approximation, so it bounds the approximate rank from above.
-    """
-    mass_BHT = attention_BHTT.to(torch.promote_types(attention_BHTT.dtype, torch.float32)).square().sum(-2)
-    return least_count(mass_BHT.sort(-1, descending=True).values, tau)
-
-
-def least_count(energy: torch.Tensor, tau: float) -> torch.Tensor:
-    """How many leading entries (..., T), sorted from the largest, reach tau of their sum, to float32's rounding."""
-    cumulative = energy.cpu().double().clamp(min=0).cumsum(-1)
-    enough = (1 - 1e-6) * tau * cumulative[..., -1:]
-    return (cumulative < enough).sum(-1) + 1
-
-
-def sink(attention_BHTT: torch.Tensor) -> torch.Tensor:
-    """(B, H): the mean attention that column 0 receives; from 0 to 1."""
-    return attention_BHTT[..., 0].mean(-1)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# One model
-
-
-def measure(model: GPT, idx: torch.Tensor, tau: float, micro_batch: int) -> dict[str, np.ndarray]:
-    """The measures of a model on sequences idx (S, T): each an array (L, H, S). Holds one layer at a time.
-
-    Raises UserError, exit code 1, naming layer and heads whose attention is not finite.
-    """
-    L, H, S = model.config.n_layer, model.config.n_head, len(idx)
-    values = {name: np.zeros((L, H, S)) for name in MEASURES}
-    progress = tqdm(total=L * math.ceil(S / micro_batch), desc="attention", unit="layer", disable=None)
-    for begin in range(0, S, micro_batch):
-        batch = idx[begin : begin + micro_batch]
-        for layer, attention_BHTT in enumerate(model.attention_matrices(batch)):
-            heads = (~attention_BHTT.isfinite()).any(-1).any(-1).any(0).nonzero().flatten().tolist()
-            if heads:
-                raise UserError(f"layer {layer}, heads {heads}: attention is not finite", exit_code=1)
-            found = {
-                "rank": approximate_rank(attention_BHTT, tau),
-                "columns": column_count(attention_BHTT, tau),
-                "sink": sink(attention_BHTT),
-            }
-            for name, value_BH in found.items():
-                values[name][layer, :, begin : begin + len(batch)] = value_BH.T.cpu().numpy()
-            progress.update()
-    progress.close()
-    return values
-
-
-def summarize(values: dict[str, np.ndarray], lazy_below: float) -> list[dict]:
+def summarize(values: dict[int, dict[str, np.ndarray]], lazy_below: float) -> list[dict]:
     """Per layer: mean and standard error over sequences of the largest and the mean over heads, and what follows."""
     rows = []
-    for layer in range(len(values["rank"])):
+    for layer, by_measure in values.items():
         row = {"layer": layer}
         for name in MEASURES:
-            by_head = values[name][layer]  # (H, S)
+            by_head = by_measure[name]  # (H, S)
             for kind, by_sequence in (("max", by_head.max(0)), ("mean", by_head.mean(0))):
                 row[f"{kind}_{name}"], row[f"{kind}_{name}_se"] = data.mean_and_error(by_sequence)
-        row["rank_one_share"] = float((values["rank"][layer] == 1).mean())
+        share = (by_measure["rank"] == 1).mean(0)  # (S,)
+        row["rank_one_share"], row["rank_one_share_se"] = data.mean_and_error(share)
         row["lazy"] = row["max_rank"] < lazy_below
         rows.append(row)
     return rows
@@ -138,38 +78,79 @@ def layers_before_lazy_tail(rows: list[dict]) -> int:
     return max((row["layer"] + 1 for row in rows if not row["lazy"]), default=1)
 
 
+def two_heads(model: torch.nn.Module, idx: torch.Tensor, values: dict) -> list[tuple[dict, np.ndarray]]:
+    """The heads of the smallest and the largest mean rank: what they are, and the mean of their matrices on idx.
+
+    Among equals columns decide. "share" is the energy that the first 1, 2, ... directions hold, up to 99%.
+    """
+    means = {
+        (by_measure["rank"][head].mean(), by_measure["columns"][head].mean(), layer, head)
+        for layer, by_measure in values.items()
+        for head in range(len(by_measure["rank"]))
+    }
+    chosen, found = {"most collapsed": min(means), "least collapsed": max(means)}, []
+
+    def visit(layer: int, attention_BHTT: torch.Tensor):
+        for title, (rank, _, of_layer, head) in chosen.items():
+            if layer == of_layer:
+                matrix = attention_BHTT[:, head].mean(0).double().cpu()  # (T, T)
+                energy = torch.linalg.svdvals(matrix).square().cumsum(0)
+                share = (energy / energy[-1]).numpy()
+                share = share[: np.searchsorted(share, 0.99) + 1].round(6).tolist()
+                entry = {"title": title, "layer": layer, "head": head, "mean_rank": float(rank), "share": share}
+                found.append((entry, matrix.numpy()))
+
+    visit_layers(model, idx, visit)
+    return sorted(found, key=lambda pair: pair[0]["title"], reverse=True)  # the most collapsed first
+
+
 def analyze(config: AnalyzeConfig) -> dict:
-    """Measure a checkpoint as configured, write the results, return what attention.json holds. Raises UserError."""
-    path, device = storage.resolve(config.model), pick_device(config.device)
-    model = checkpoint.load_model(path).to(device)
-    T = config.seq_len or model.config.block_size
+    """Measure a model as configured, write the results, return what attention.json holds. Raises UserError."""
+    device = pick_device(config.device)
+    paths = [storage.resolve(name) for name in (config.model, config.compare) if name]
+    longest = min(longest_sequence(path) for path in paths)
+    T = config.seq_len or min(longest, LONGEST)
     counts = config.sequences >= 1 and config.micro_batch >= 1 and config.lazy_below >= 0
-    if not (2 <= T <= model.config.block_size and 0 < config.tau <= 1 and counts):
+    if not (2 <= T <= longest and 0 < config.tau <= 1 and counts):
         raise UserError(
             f"seq_len {T}, sequences {config.sequences}, micro_batch {config.micro_batch}, tau {config.tau}, "
-            f"lazy_below {config.lazy_below}; expected 2 <= seq_len <= block_size {model.config.block_size}, "
+            f"lazy_below {config.lazy_below}; expected 2 <= seq_len <= block_size {longest}, "
             "sequences >= 1, micro_batch >= 1, 0 < tau <= 1, lazy_below >= 0"
         )
     meta = data.read_meta(config.data_dir)
-    checkpoint.check_tokenizer(path, meta)
-    tokens = data.open_tokens(config.data_dir, "val", T, model.config.vocab_size)
-    starts = data.val_starts(len(tokens), T)
-    S = min(config.sequences, len(starts))
-    idx, _ = data.windows(tokens, starts[np.linspace(0, len(starts) - 1, S).astype(int)], T)  # (S, T)
-    idx = idx.to(device)
 
-    values = {"model": measure(model, idx, config.tau, config.micro_batch)}
-    if config.control:
-        torch.manual_seed(0)
-        values["untrained"] = measure(GPT(model.config).eval().to(device), idx, config.tau, config.micro_batch)
-    layers = {name: summarize(arrays, config.lazy_below) for name, arrays in values.items()}
-    result = {
-        "model": str(path), "sha256": storage.TensorFiles(path).sha256(), "data": str(config.data_dir),
-        "data_sha256": meta["splits"]["val"]["sha256"],
+    def windows(path: Path, model: torch.nn.Module) -> torch.Tensor:
+        tokens = validation_tokens(path, model, config.data_dir, T)
+        starts = data.val_starts(len(tokens), T)
+        chosen = np.linspace(0, len(starts) - 1, min(config.sequences, len(starts))).astype(int)
+        return data.windows(tokens, starts[chosen], T)[0].to(device)  # (S, T)
+
+    values, heads, idx = {}, [], None
+    arms = [("model", paths[0], False), ("untrained", paths[0], True), ("compared", paths[-1], False)]
+    wanted = {"model": True, "untrained": config.control, "compared": bool(config.compare)}
+    for name, path, untrained in (arm for arm in arms if wanted[arm[0]]):
+        model = load_model(path, untrained).to(device)
+        idx = idx if untrained else windows(path, model)
+        values[name] = measure(model, idx, config.tau, config.micro_batch, config.average_first)
+        if name == "model":
+            heads, S = two_heads(model, idx if config.average_first else idx[:1], values[name]), len(idx)
+        del model  # before the next one is loaded
+    layers = {name: summarize(by_layer, config.lazy_below) for name, by_layer in values.items()}
+
+    def about(name: str, given: str, path: Path) -> dict:
+        by_head = {key: [by_layer[key].mean(1).tolist() for by_layer in values[name].values()] for key in MEASURES}
+        return {
+            "name": Path(given).name, "model": str(path), "sha256": storage.TensorFiles(path).sha256(),
+            "layers_before_lazy_tail": layers_before_lazy_tail(layers[name]), "layers": layers[name],
+            "heads": by_head,  # (L, H) each
+        }  # fmt: skip
+
+    result = about("model", config.model, paths[0]) | {
+        "data": str(config.data_dir), "data_sha256": meta["splits"]["val"]["sha256"],
         "T": T, "tau": config.tau, "sequences": S, "sequences_asked": config.sequences,
-        "lazy_below": config.lazy_below, "layers_before_lazy_tail": layers_before_lazy_tail(layers["model"]),
-        "layers": layers["model"], "untrained": layers.get("untrained"),
-        "heads": {name: value.mean(2).tolist() for name, value in values["model"].items()},  # (L, H)
+        "average_first": config.average_first, "lazy_below": config.lazy_below,
+        "untrained": layers.get("untrained"), "examples": [entry for entry, _ in heads],
+        "compared": about("compared", config.compare, paths[1]) if config.compare else None,
     }  # fmt: skip
 
     beside = Path(config.model) / "attention" if Path(config.model).is_dir() else Path("out/attention") / config.model
@@ -178,63 +159,125 @@ def analyze(config: AnalyzeConfig) -> dict:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be made: {error.strerror}") from None
-    with open(out / "attention.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["model", "layer", "head", *MEASURES, "rank_one_share"])
-        for name, arrays in values.items():
-            for layer, head in np.ndindex(arrays["rank"].shape[:2]):
-                means = [arrays[measure_name][layer, head].mean() for measure_name in MEASURES]
-                writer.writerow([name, layer, head, *means, (arrays["rank"][layer, head] == 1).mean()])
+    write_csv(values, out / "attention.csv")
     plot(result, out / "attention.png")
+    plot_heads(result, [matrix for _, matrix in heads], out / "heads.png")
     storage.replace_json(out / "attention.json", result)  # last: its presence says that all of it is done
     return result
 
 
-def print_table(result: dict):
-    """A line for each layer; the lazy ones are marked."""
-    print(f"{result['model']}: T {result['T']}, tau {result['tau']}, {result['sequences']} sequences; mean ± s.e.")
-    print("layer   largest head rank   mean head rank   largest columns   sink   heads of rank 1")
-    for row in result["layers"]:
-        print(
-            f"{row['layer']:5d}   {row['max_rank']:9.2f} ± {row['max_rank_se']:5.2f}   {row['mean_rank']:14.2f}   "
-            f"{row['max_columns']:15.2f}   {row['mean_sink']:4.2f}   {row['rank_one_share']:15.0%}"
-            + ("   lazy" if row["lazy"] else "")
+# ----------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def write_csv(values: dict[str, dict[int, dict[str, np.ndarray]]], path: Path):
+    """A line for each head of each model: means over the sequences and their standard errors."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            ["model", "layer", "head", *itertools.chain(*((m, f"{m}_se") for m in MEASURES)), "rank_one_share"]
         )
-    lazy = sum(row["lazy"] for row in result["layers"])
-    print(
-        f"{lazy} of {len(result['layers'])} layers are lazy (largest head rank below {result['lazy_below']}); "
-        f"before the lazy tail: {result['layers_before_lazy_tail']} layers"
-    )
+        for name, by_layer in values.items():
+            for layer, by_measure in by_layer.items():
+                for head, ranks in enumerate(by_measure["rank"]):
+                    numbers = itertools.chain(*(data.mean_and_error(by_measure[m][head]) for m in MEASURES))
+                    writer.writerow([name, layer, head, *numbers, (ranks == 1).mean()])
+
+
+def print_table(result: dict):
+    """A line for each layer; the lazy ones are marked. After it the compared model's, if there is one."""
+    what = "of their mean matrix, so without s.e." if result["average_first"] else "mean ± s.e."
+    for model in filter(None, (result, result.get("compared"))):
+        print(f"{model['model']}: T {result['T']}, tau {result['tau']}, {result['sequences']} sequences; {what}")
+        print("layer   largest head rank   mean head rank   largest columns   sink   heads of rank 1")
+        for row in model["layers"]:
+            print(
+                f"{row['layer']:5d}   {row['max_rank']:9.2f} ± {row['max_rank_se']:5.2f}   {row['mean_rank']:14.2f}   "
+                f"{row['max_columns']:15.2f}   {row['mean_sink']:4.2f}   {row['rank_one_share']:15.0%}"
+                + ("   lazy" if row["lazy"] else "")
+            )
+        lazy = sum(row["lazy"] for row in model["layers"])
+        print(
+            f"{lazy} of {len(model['layers'])} layers are lazy (largest head rank below {result['lazy_below']}); "
+            f"k that this suggests, the layers before the lazy tail: {model['layers_before_lazy_tail']}"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def conditions(result: dict) -> str:
+    """What the numbers of a figure depend on."""
+    bands = "of the mean matrix" if result["average_first"] else "bands: ± 1 standard error"
+    return f"T = {result['T']}, τ = {result['tau']}, n = {result['sequences']} sequences; {bands}"
+
+
+def plot_layers(axes, lines: list[tuple[str, list[dict]]]):
+    """Rank and columns by layer on two axes, a line with its error band for each (title, rows of summarize)."""
+    for axis, name, label in zip(axes, ("max_rank", "max_columns"), ("rank k*", "columns c*"), strict=True):
+        for (title, rows), color, style in zip(lines, COLORS, STYLES, strict=False):
+            layers = [row["layer"] for row in rows]
+            mean, error = (np.array([row[name + end] for row in rows]) for end in ("", "_se"))
+            axis.plot(layers, mean, style, color=color, label=title, markersize=5)
+            axis.fill_between(layers, mean - error, mean + error, color=color, alpha=0.25, linewidth=0)
+        axis.set(xlabel="layer", ylabel=f"{label}, largest of the heads", ylim=(0, None))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
 
 
 def plot(result: dict, path: Path):
-    """Rank and columns by layer, with the untrained control, and the map of every head's rank."""
+    """Rank and columns by layer, with the control and the compared model, and a map of the rank of every head."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import MaxNLocator
 
-    layers = [row["layer"] for row in result["layers"]]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for axis, name, label in ((axes[0], "max_rank", "rank k*"), (axes[1], "max_columns", "columns c*")):
-        for key, style, color, title in (
-            ("layers", "o-", "#0072B2", "trained"),
-            ("untrained", "s--", "#D55E00", "untrained"),
-        ):
-            if result[key]:
-                mean, error = (np.array([row[name + end] for row in result[key]]) for end in ("", "_se"))
-                axis.plot(layers, mean, style, color=color, label=title)
-                axis.fill_between(layers, mean - error, mean + error, color=color, alpha=0.25, linewidth=0)
-        axis.set(xlabel="layer", ylabel=f"{label}, largest of the heads", ylim=(0, None))
-        axis.legend(frameon=False)
-    image = axes[2].imshow(np.array(result["heads"]["rank"]).T, aspect="auto", cmap="viridis", vmin=1)
-    axes[2].set(xlabel="layer", ylabel="head", title="mean rank of each head")
-    axes[2].yaxis.set_major_locator(MaxNLocator(integer=True))
-    for axis in axes:
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(image, ax=axes[2])
-    figure.suptitle(f"T = {result['T']}, τ = {result['tau']}, n = {result['sequences']} sequences; bands: ± 1 s.e.")
+    models = [model for model in (result, result["compared"]) if model]
+    lines = [(model["name"], model["layers"]) for model in models]
+    lines += [("untrained", result["untrained"])] if result["untrained"] else []
+    figure, axes = plt.subplots(1, 2 + len(models), figsize=(9 + 3.6 * len(models), 3.8), layout="constrained")
+    plot_layers(axes[:2], lines)
+    maps = [list(itertools.zip_longest(*model["heads"]["rank"], fillvalue=np.nan)) for model in models]  # (H, L)
+    largest = max(np.nanmax(ranks) for ranks in maps)
+    for axis, model, ranks in zip(axes[2:], models, maps, strict=True):
+        image = axis.imshow(ranks, aspect="auto", cmap="viridis", vmin=1, vmax=largest)
+        layers = [row["layer"] for row in model["layers"]]
+        shown = range(0, len(layers), max(1, len(layers) // 8))
+        axis.set_xticks(list(shown), [str(layers[i]) for i in shown])
+        axis.set(xlabel="layer", ylabel="head", title=f"{model['name']}: mean rank of each head")
+        axis.yaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=axes[2:], label="rank k*")
+    figure.suptitle(conditions(result))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_heads(result: dict, matrices: list[np.ndarray], path: Path):
+    """The matrices (T, T) of the most and the least collapsed head, and how fast their energy adds up."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.colors import LogNorm
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for axis, entry, matrix, color, style in zip(axes, result["examples"], matrices, COLORS, STYLES, strict=False):
+        name = f"layer {entry['layer']}, head {entry['head']}"
+        causal = np.ma.masked_where(np.triu(np.ones_like(matrix), 1) > 0, matrix)
+        image = axis.imshow(causal, cmap="cividis", norm=LogNorm(1e-3, 1, clip=True), interpolation="nearest")
+        axis.set(xlabel="position read", ylabel="position reading")
+        axis.set_title(f"{entry['title']}: {name}\nmean k* = {entry['mean_rank']:.1f}", fontsize=11)
+        axes[2].plot(range(1, len(entry["share"]) + 1), entry["share"], style, color=color, label=name, markersize=4)
+    figure.colorbar(image, ax=axes[:2], label="attention (below 0.001 as 0.001)")
+    axes[2].axhline(result["tau"], color="#000000", linewidth=0.8, linestyle=":", label=f"τ = {result['tau']}")
+    axes[2].set(xlabel="directions k", ylabel="share of the energy in the first k", ylim=(0, 1.02), xscale="log")
+    axes[2].xaxis.set_major_formatter("{x:.0f}")
+    axes[2].spines[["top", "right"]].set_visible(False)
+    axes[2].legend(frameon=False, loc="lower right")
+    which = "mean over all sequences" if result["average_first"] else "first sequence"
+    figure.suptitle(f"T = {result['T']}; chosen by the mean rank over n = {result['sequences']} sequences; {which}")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -1,99 +1,24 @@
-"""analyze_attention.py: matrices whose rank is known, a plain SVD beside it, and what the command leaves."""
+"""analyze_attention.py: what the command leaves, follows from the matrices; two models; other families."""
 
 import csv
 import json
 import math
+import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import call_script, random_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from test_attention import svd_rank, tiny
 
 import analyze_attention
+import attention
 import checkpoint
-from analyze_attention import approximate_rank, column_count, sink
+import inherit
 from configurator import UserError
-
-
-def svd_rank(matrix: torch.Tensor, tau: float) -> int:
-    """The definition, word for word."""
-    energy = torch.linalg.svdvals(matrix.double()).square()
-    return int((energy.cumsum(0) < tau * energy.sum() * (1 - 1e-6)).sum()) + 1
-
-
-def plain_columns(matrix: torch.Tensor, tau: float) -> int:
-    """The definition, word for word."""
-    mass = sorted((column @ column for column in matrix.double().numpy().T), reverse=True)
-    return next(c for c in range(1, len(mass) + 1) if sum(mass[:c]) >= tau * sum(mass) * (1 - 1e-6))
-
-
-def random_attention(T: int, sharpness: float, seed: int, heads: int = 3) -> torch.Tensor:
-    logits = sharpness * torch.randn(1, heads, T, T, generator=torch.Generator().manual_seed(seed))
-    return logits.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(-1)  # (1, H, T, T)
-
-
-def of(matrix: torch.Tensor, measure, *arguments) -> float:
-    return measure(matrix[None, None], *arguments).item()
-
-
-@pytest.mark.parametrize("T", [8, 64, 128])
-def test_matrices_of_known_rank(T):
-    one_column = torch.zeros(T, T)
-    one_column[:, 0] = 1
-    assert of(one_column, approximate_rank) == of(one_column, column_count) == 1 and of(one_column, sink) == 1
-    assert of(torch.full((T, T), 1 / T), approximate_rank) == 1
-    assert of(torch.full((T, T), 1 / T), column_count) == math.ceil(0.9 * T)
-    assert of(torch.eye(T), approximate_rank) == of(torch.eye(T), column_count) == math.ceil(0.9 * T)
-    assert of(torch.eye(T), sink) == pytest.approx(1 / T)
-    uniform = torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]
-    assert of(uniform, approximate_rank) == svd_rank(uniform, 0.9) < of(uniform, column_count)
-    assert of(uniform, sink) == pytest.approx(sum(1 / t for t in range(1, T + 1)) / T, rel=1e-5)
-
-
-@pytest.mark.parametrize("r", [1, 3, 10])
-def test_planted_directions_are_counted(r):
-    basis = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(r)))[0]
-    matrix = basis[:, :r] @ basis[:, -r:].T  # r equal singular values
-    assert of(matrix, approximate_rank, 0.999) == r
-    assert of(matrix, approximate_rank, 0.5) == math.ceil(r / 2)
-
-
-@settings(max_examples=60)
-@given(T=st.integers(2, 48), sharpness=st.floats(0, 12), seed=st.integers(0, 10**6), tau=st.floats(0.05, 1.0))
-def test_rank_equals_the_plain_svd_and_never_exceeds_the_columns(T, sharpness, seed, tau):
-    attention = random_attention(T, sharpness, seed)
-    rank, columns = approximate_rank(attention, tau), column_count(attention, tau)
-    if tau < 0.999:  # beyond, float32 cannot tell the smallest energies from rounding
-        assert rank[0].tolist() == [svd_rank(matrix, tau) for matrix in attention[0]]
-        assert (rank <= columns).all()
-    assert (rank >= 1).all() and (columns <= T).all()
-    assert tau >= 0.999 or columns[0].tolist() == [plain_columns(matrix, tau) for matrix in attention[0]]
-
-
-def test_the_order_of_heads_and_sequences_does_not_matter():
-    attention = torch.cat([random_attention(32, s, s) for s in (1, 4, 9)])  # (3, 3, T, T)
-    for measure in (approximate_rank, column_count, sink):
-        assert torch.equal(measure(attention).flip(0, 1), measure(attention.flip(0, 1)))
-        assert torch.equal(measure(attention)[1:2], measure(attention[1:2]))
-
-
-@settings(max_examples=20)
-@given(sharpness=st.floats(0, 8), seed=st.integers(0, 10**6))
-def test_one_thread_or_two_find_the_same(sharpness, seed):
-    attention, found = random_attention(40, sharpness, seed), []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        found.append([measure(attention).tolist() for measure in (approximate_rank, column_count)])
-    torch.set_num_threads(1)
-    assert found[0] == found[1]
-
-
-def test_half_precision_is_measured_in_float32():
-    attention = random_attention(32, 3, 0).bfloat16()
-    assert torch.equal(approximate_rank(attention), approximate_rank(attention.float()))
-    assert torch.equal(column_count(attention), column_count(attention.float()))
 
 
 def test_attention_that_is_not_finite_is_an_error_that_names_layer_and_head():
@@ -101,7 +26,7 @@ def test_attention_that_is_not_finite_is_an_error_that_names_layer_and_head():
     with torch.no_grad():
         model.transformer.h[1].attn.c_attn.weight[16:32] = math.nan  # the queries of head 1
     with pytest.raises(UserError, match=r"layer 1, heads \[1\]: attention is not finite") as caught:
-        analyze_attention.measure(model, torch.zeros(2, 8, dtype=torch.long), 0.9, 2)
+        attention.measure(model, torch.zeros(2, 8, dtype=torch.long), 0.9, 2)
     assert caught.value.exit_code == 1
 
 
@@ -164,3 +89,87 @@ def test_an_impossible_setting_is_one_line(reference, data_dir, tmp_path, capsys
     arguments = [reference, f"--data_dir={data_dir}", f"--out={tmp_path / 'a'}", wrong]
     assert call_script(analyze_attention, *arguments) == 2
     assert "expected 2 <= seq_len <= block_size 32" in capsys.readouterr().err
+
+
+def test_two_models_stand_side_by_side(reference, data_dir, tmp_path, capsys):
+    call_script(inherit, f"--reference={reference}", "--layers=0:2", f"--out={tmp_path / 'two'}")
+    arguments = [reference, f"--compare={tmp_path / 'two'}", f"--data_dir={data_dir}", f"--out={tmp_path / 'a'}"]
+    assert call_script(analyze_attention, *arguments, "--sequences=3", "--control=False", "--device=cpu") == 0
+    result = json.loads((tmp_path / "a" / "attention.json").read_text())
+    compared = result["compared"]
+    assert result["untrained"] is None and len(compared["layers"]) == 2
+    assert compared["layers"] == result["layers"][:2]  # the first layers are the reference's, and so is their input
+    assert compared["heads"]["rank"] == result["heads"]["rank"][:2] and compared["sha256"] != result["sha256"]
+    assert capsys.readouterr().out.count("k that this suggests") == 2
+    examples = {entry["title"]: entry for entry in result["examples"]}
+    ranks = np.array(result["heads"]["rank"])
+    assert examples["most collapsed"]["mean_rank"] == ranks.min()
+    assert examples["least collapsed"]["mean_rank"] == ranks.max()
+    for entry in examples.values():
+        assert ranks[entry["layer"], entry["head"]] == entry["mean_rank"]
+        assert entry["share"][-1] >= 0.99 and entry["share"] == sorted(entry["share"])
+    for name in ("attention.png", "heads.png"):
+        assert (tmp_path / "a" / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory, documents) -> Path:
+    """A tiny random Llama on disk, with a tokenizer of its own."""
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(documents, vocab_size=290, special_tokens=["<end>"], show_progress=False)
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<end>")
+    wrapped.save_pretrained(folder)
+    tiny("Llama", num_key_value_heads=2).save_pretrained(folder)
+    return folder
+
+
+def test_another_family_reads_the_same_text_in_its_own_tokens(llama, data_dir, documents, tmp_path, capsys):
+    import transformers
+
+    arguments = [llama, f"--data_dir={data_dir}", f"--out={tmp_path / 'a'}", "--sequences=3", "--device=cpu"]
+    assert call_script(analyze_attention, *arguments) == 0, capsys.readouterr().err
+    result = json.loads((tmp_path / "a" / "attention.json").read_text())
+    assert (result["T"], len(result["layers"]), len(result["untrained"])) == (64, 3, 3)
+
+    model, tokenizer = attention.load_model(llama), transformers.AutoTokenizer.from_pretrained(llama)
+    tokens = attention.validation_tokens(llama, model, data_dir, 64)
+    texts = tokenizer.decode(tokens).split("<end>")
+    assert texts.pop() == "" and len(texts) == 6 and set(texts) <= set(documents)  # the tenth of sixty documents
+    starts = np.linspace(0, (len(tokens) - 1) // 64 - 1, 3).astype(int) * 64
+    with torch.no_grad():
+        own = model(torch.tensor(np.stack([tokens[s : s + 64] for s in starts])), output_attentions=True).attentions
+    for row, matrices in zip(result["layers"], own, strict=True):
+        ranks = np.array([[svd_rank(matrix, 0.9) for matrix in heads] for heads in matrices])  # (S, H)
+        assert row["max_rank"] == ranks.max(1).mean() and row["mean_rank"] == pytest.approx(ranks.mean())
+
+
+def test_what_is_wrong_with_a_model_of_another_family_is_one_line(llama, data_dir, tmp_path, capsys):
+    def error(folder: str) -> str:
+        assert call_script(analyze_attention, tmp_path / folder, f"--data_dir={data_dir}") == 2
+        return capsys.readouterr().err
+
+    shutil.copytree(llama, tmp_path / "speechless")
+    for file in (tmp_path / "speechless").glob("*token*"):
+        file.unlink()
+    assert "no tokenizer to be read there" in error("speechless")
+
+    shutil.copytree(llama, tmp_path / "incomplete")
+    path = tmp_path / "incomplete" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert "no weights for model.layers.1.self_attn.k_proj.weight" in error("incomplete")
+
+    shutil.copytree(llama, tmp_path / "unknown")
+    config = json.loads((llama / "config.json").read_text()) | {"model_type": "nobody"}
+    (tmp_path / "unknown" / "config.json").write_text(json.dumps(config))
+    found = error("unknown")
+    assert "transformers cannot load it" in found and found.count("\n") == 1
+
+
+def test_without_transformers_the_error_names_it(llama, data_dir, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert call_script(analyze_attention, llama, f"--data_dir={data_dir}") == 2
+    assert "is of type 'llama', which takes transformers; pip install transformers" in capsys.readouterr().err

@@ -28,11 +28,10 @@ import data
 import storage
 from attention import MEASURES, load_model, longest_sequence, measure, validation_tokens, visit_layers
 from configurator import UserError
+from figures import plot_attention, plot_heads
 from machine import pick_device
 
 LONGEST = 1024  # T unless another is asked for: GPT-2's, and enough for models that read far more
-COLORS = ("#0072B2", "#D55E00", "#000000", "#009E73")  # of Okabe and Ito: told apart by the colour-blind
-STYLES = ("o-", "s--", "^:", "D-.")  # and in grey
 
 
 @dataclass
@@ -160,7 +159,7 @@ def analyze(config: AnalyzeConfig) -> dict:
     except OSError as error:
         raise UserError(f"{out} cannot be made: {error.strerror}") from None
     write_csv(values, out / "attention.csv")
-    plot(result, out / "attention.png")
+    plot_attention(result, out / "attention.png")
     plot_heads(result, [matrix for _, matrix in heads], out / "heads.png")
     storage.replace_json(out / "attention.json", result)  # last: its presence says that all of it is done
     return result
@@ -201,85 +200,6 @@ def print_table(result: dict):
             f"{lazy} of {len(model['layers'])} layers are lazy (largest head rank below {result['lazy_below']}); "
             f"k that this suggests, the layers before the lazy tail: {model['layers_before_lazy_tail']}"
         )
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Figures
-
-
-def conditions(result: dict) -> str:
-    """What the numbers of a figure depend on."""
-    bands = "of the mean matrix" if result["average_first"] else "bands: ± 1 standard error"
-    return f"T = {result['T']}, τ = {result['tau']}, n = {result['sequences']} sequences; {bands}"
-
-
-def plot_layers(axes, lines: list[tuple[str, list[dict]]]):
-    """Rank and columns by layer on two axes, a line with its error band for each (title, rows of summarize)."""
-    for axis, name, label in zip(axes, ("max_rank", "max_columns"), ("rank k*", "columns c*"), strict=True):
-        for (title, rows), color, style in zip(lines, COLORS, STYLES, strict=False):
-            layers = [row["layer"] for row in rows]
-            mean, error = (np.array([row[name + end] for row in rows]) for end in ("", "_se"))
-            axis.plot(layers, mean, style, color=color, label=title, markersize=5)
-            axis.fill_between(layers, mean - error, mean + error, color=color, alpha=0.25, linewidth=0)
-        axis.set(xlabel="layer", ylabel=f"{label}, largest of the heads", ylim=(0, None))
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
-
-
-def plot(result: dict, path: Path):
-    """Rank and columns by layer, with the control and the compared model, and a map of the rank of every head."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    models = [model for model in (result, result["compared"]) if model]
-    lines = [(model["name"], model["layers"]) for model in models]
-    lines += [("untrained", result["untrained"])] if result["untrained"] else []
-    figure, axes = plt.subplots(1, 2 + len(models), figsize=(9 + 3.6 * len(models), 3.8), layout="constrained")
-    plot_layers(axes[:2], lines)
-    maps = [list(itertools.zip_longest(*model["heads"]["rank"], fillvalue=np.nan)) for model in models]  # (H, L)
-    largest = max(np.nanmax(ranks) for ranks in maps)
-    for axis, model, ranks in zip(axes[2:], models, maps, strict=True):
-        image = axis.imshow(ranks, aspect="auto", cmap="viridis", vmin=1, vmax=largest)
-        layers = [row["layer"] for row in model["layers"]]
-        shown = range(0, len(layers), max(1, len(layers) // 8))
-        axis.set_xticks(list(shown), [str(layers[i]) for i in shown])
-        axis.set(xlabel="layer", ylabel="head", title=f"{model['name']}: mean rank of each head")
-        axis.yaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, ax=axes[2:], label="rank k*")
-    figure.suptitle(conditions(result))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def plot_heads(result: dict, matrices: list[np.ndarray], path: Path):
-    """The matrices (T, T) of the most and the least collapsed head, and how fast their energy adds up."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.colors import LogNorm
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for axis, entry, matrix, color, style in zip(axes, result["examples"], matrices, COLORS, STYLES, strict=False):
-        name = f"layer {entry['layer']}, head {entry['head']}"
-        causal = np.ma.masked_where(np.triu(np.ones_like(matrix), 1) > 0, matrix)
-        image = axis.imshow(causal, cmap="cividis", norm=LogNorm(1e-3, 1, clip=True), interpolation="nearest")
-        axis.set(xlabel="position read", ylabel="position reading")
-        axis.set_title(f"{entry['title']}: {name}\nmean k* = {entry['mean_rank']:.1f}", fontsize=11)
-        axes[2].plot(range(1, len(entry["share"]) + 1), entry["share"], style, color=color, label=name, markersize=4)
-    figure.colorbar(image, ax=axes[:2], label="attention (below 0.001 as 0.001)")
-    axes[2].axhline(result["tau"], color="#000000", linewidth=0.8, linestyle=":", label=f"τ = {result['tau']}")
-    axes[2].set(xlabel="directions k", ylabel="share of the energy in the first k", ylim=(0, 1.02), xscale="log")
-    axes[2].xaxis.set_major_formatter("{x:.0f}")
-    axes[2].spines[["top", "right"]].set_visible(False)
-    axes[2].legend(frameon=False, loc="lower right")
-    which = "mean over all sequences" if result["average_first"] else "first sequence"
-    figure.suptitle(f"T = {result['T']}; chosen by the mean rank over n = {result['sequences']} sequences; {which}")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main():

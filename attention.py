@@ -252,7 +252,7 @@ def measure(
     S = len(idx)
     micro_batch = S if average_first else micro_batch
     found: dict[int, dict[str, list]] = {}
-    progress = tqdm(desc="attention", unit="layer", disable=None)
+    progress = tqdm(desc="attention", unit="layer", disable=None, leave=False)
 
     def visit(layer: int, attention_BHTT: torch.Tensor):
         heads = (~attention_BHTT.sum((-2, -1)).isfinite()).any(0).nonzero().flatten().tolist()
@@ -277,4 +277,22 @@ def measure(
     return {
         layer: {name: np.concatenate(parts).T for name, parts in values.items()}
         for layer, values in sorted(found.items())
+    }
+
+
+def collapse(model: GPT, tokens: np.ndarray, sequences: int = 4, tau: float = 0.90) -> dict[str, list[float]]:
+    """What train.py --track_rank logs: for each layer the largest and the mean over heads of k* and c*.
+
+    The mean over a few validation windows, always the same ones. Leaves the model and the random numbers as they were.
+    """
+    T, training = model.config.block_size, model.training
+    starts = data.val_starts(len(tokens), T)
+    chosen = np.linspace(0, len(starts) - 1, min(sequences, len(starts))).astype(int)
+    idx = data.windows(tokens, starts[chosen], T)[0].to(model.transformer.wte.weight.device)
+    by_layer = measure(model.eval(), idx, tau, micro_batch=1).values()
+    model.train(training)
+    return {
+        f"{kind}_{name}": [float(reduce(values[name], axis=0).mean()) for values in by_layer]  # over heads; sequences
+        for name in ("rank", "columns")
+        for kind, reduce in (("max", np.max), ("mean", np.mean))
     }

@@ -34,7 +34,7 @@ CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored (in, out) by G
 PARTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW's state
 FREE_TO_CHANGE = {  # settings that a resumed run may have otherwise than before
     "out_dir", "data_dir", "resume", "override", "eval_only", "micro_batch", "eval_interval", "save_interval",
-    "keep_checkpoints", "log_interval", "device", "compile", "deterministic",
+    "keep_checkpoints", "log_interval", "track_rank", "device", "compile", "deterministic",
 }  # fmt: skip
 MASK_BUFFER = re.compile(r"\.attn\.(masked_)?bias$")  # the causal mask, which old GPT-2 files carry
 

@@ -1,17 +1,19 @@
 """Figures, drawn from numbers that are already there: colours for every eye, line styles and markers for print.
 
-    python report.py out/demo                # loss.png, arms.png and rank.png
-    python inheritune.py config/demo.toml    # and all that they show
+    python report.py out/demo                        # loss.png, arms.png and rank.png
+    python analyze_attention.py out/demo/reference --data_dir=data/demo    # attention.png and heads.png
 
 Nothing here computes or reads a result: what calls these hands them the rows.
 """
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")  # Okabe and Ito
 STYLES = ("-", "-", "--", ":", "-.")
+MARKED = ("o-", "s--", "^:", "D-.")
 
 
 def new_figure(columns: int = 1, *, size: tuple[float, float]):
@@ -65,24 +67,111 @@ def plot_arms(rows: list[dict], path: Path):
     plt.close(figure)
 
 
+def conditions(result: dict) -> str:
+    """What the numbers of a figure depend on."""
+    bands = "of the mean matrix" if result["average_first"] else "bands: ± 1 standard error"
+    return f"T = {result['T']}, τ = {result['tau']}, n = {result['sequences']} sequences; {bands}"
+
+
+def plot_layers(axes, lines: list[tuple[str, list[dict]]]):
+    """Rank and columns by layer on two axes, a line with its error band for each (title, rows of summarize)."""
+    for axis, name, label in zip(axes, ("max_rank", "max_columns"), ("rank k*", "columns c*"), strict=True):
+        for (title, rows), color, style in zip(lines, COLORS, STYLES, strict=False):
+            layers = [row["layer"] for row in rows]
+            mean, error = (np.array([row[name + end] for row in rows]) for end in ("", "_se"))
+            axis.plot(layers, mean, style, color=color, label=title, markersize=5)
+            axis.fill_between(layers, mean - error, mean + error, color=color, alpha=0.25, linewidth=0)
+        axis.set(xlabel="layer", ylabel=f"{label}, largest of the heads", ylim=(0, None))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[0].legend(frameon=False)
+
+
+def plot_attention(result: dict, path: Path):
+    """Rank and columns by layer, with the control and the compared model, and a map of the rank of every head."""
+    models = [model for model in (result, result["compared"]) if model]
+    lines = [(model["name"], model["layers"]) for model in models]
+    lines += [("untrained", result["untrained"])] if result["untrained"] else []
+    plt, figure, axes = new_figure(2 + len(models), size=(9 + 3.6 * len(models), 3.8))
+    plot_layers(axes[:2], lines)
+    maps = [list(itertools.zip_longest(*model["heads"]["rank"], fillvalue=np.nan)) for model in models]  # (H, L)
+    largest = max(np.nanmax(ranks) for ranks in maps)
+    for axis, model, ranks in zip(axes[2:], models, maps, strict=True):
+        image = axis.imshow(ranks, aspect="auto", cmap="viridis", vmin=1, vmax=largest)
+        layers = [row["layer"] for row in model["layers"]]
+        shown = range(0, len(layers), max(1, len(layers) // 8))
+        axis.set_xticks(list(shown), [str(layers[i]) for i in shown])
+        axis.set(xlabel="layer", ylabel="head", title=f"{model['name']}: mean rank of each head")
+        axis.yaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=axes[2:], label="rank k*")
+    figure.suptitle(conditions(result))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_heads(result: dict, matrices: list[np.ndarray], path: Path):
+    """The matrices (T, T) of the most and the least collapsed head, and how fast their energy adds up."""
+    from matplotlib.colors import LogNorm
+
+    plt, figure, axes = new_figure(3, size=(13, 4))
+    for axis, entry, matrix, color, style in zip(axes, result["examples"], matrices, COLORS[1:], MARKED, strict=False):
+        name = f"layer {entry['layer']}, head {entry['head']}"
+        causal = np.ma.masked_where(np.triu(np.ones_like(matrix), 1) > 0, matrix)
+        image = axis.imshow(causal, cmap="cividis", norm=LogNorm(1e-3, 1, clip=True), interpolation="nearest")
+        axis.set(xlabel="position read", ylabel="position reading")
+        axis.set_title(f"{entry['title']}: {name}\nmean k* = {entry['mean_rank']:.1f}", fontsize=11)
+        axes[2].plot(range(1, len(entry["share"]) + 1), entry["share"], style, color=color, label=name, markersize=4)
+    figure.colorbar(image, ax=axes[:2], label="attention (below 0.001 as 0.001)")
+    axes[2].axhline(result["tau"], color="#000000", linewidth=0.8, linestyle=":", label=f"τ = {result['tau']}")
+    axes[2].set(xlabel="directions k", ylabel="share of the energy in the first k", ylim=(0, 1.02), xscale="log")
+    axes[2].xaxis.set_major_formatter("{x:.0f}")
+    axes[2].legend(frameon=False, loc="lower right")
+    which = "mean over all sequences" if result["average_first"] else "first sequence"
+    figure.suptitle(f"T = {result['T']}; chosen by the mean rank over n = {result['sequences']} sequences; {which}")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def plot_ranks(attention: dict[str, dict], path: Path):
     """Rank and columns by layer of the reference, the target and the untrained control."""
-    from matplotlib.ticker import MaxNLocator
-
     reference = attention["reference"]
-    lines = [("reference", reference["layers"]), ("inherited target", attention["target"]["layers"])]
-    lines.append(("untrained", reference["untrained"]))
+    lines = {"reference": reference["layers"], "inherited target": attention["target"]["layers"]}
     plt, figure, axes = new_figure(2, size=(10, 4))
-    for axis, measure, label in zip(axes, ("max_rank", "max_columns"), ("rank k*", "columns c*"), strict=True):
-        for i, (name, layers) in enumerate(lines):
-            x = [row["layer"] for row in layers]
-            mean, error = (np.array([row[measure + end] for row in layers]) for end in ("", "_se"))
-            style = {"color": COLORS[i], "linestyle": ("-", "-", "--")[i], "marker": "os^"[i]}
-            axis.plot(x, mean, label=name, **style)
-            axis.fill_between(x, mean - error, mean + error, color=COLORS[i], alpha=0.2, linewidth=0)
-        axis.set(xlabel="layer", ylabel=f"{label}, largest of the heads", ylim=(0, None))
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0].legend(frameon=False)
-    figure.suptitle(f"T = {reference['T']}, τ = {reference['tau']}, n = {reference['sequences']} sequences, ± 1 s.e.")
+    plot_layers(axes, lines | {"untrained": reference["untrained"]})
+    figure.suptitle(conditions(reference))
     figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_collapse(lines: list[dict], path: Path):
+    """Rank and columns of every layer (down) as a training went on (across); the lines are metrics.jsonl's."""
+    plt, figure, axes = new_figure(2, size=(10, 3.6))
+    steps = [line["step"] for line in lines]
+    for axis, name, label in zip(axes, ("max_rank", "max_columns"), ("rank k*", "columns c*"), strict=True):
+        values = np.array([line[name] for line in lines]).T  # (L, evaluations)
+        image = axis.imshow(values, aspect="auto", cmap="viridis", vmin=1, interpolation="nearest")
+        shown = sorted({0, len(steps) // 2, len(steps) - 1})
+        axis.set_xticks(shown, [f"{steps[i]:,}" for i in shown])
+        axis.set(xlabel="step", ylabel="layer", title=f"{label}, largest of the heads")
+        axis.yaxis.get_major_locator().set_params(integer=True)
+        figure.colorbar(image, ax=axis)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def animate_collapse(lines: list[dict], path: Path):
+    """A GIF: rank by layer, an image for each evaluation, the first one's rank dotted behind."""
+    from matplotlib.animation import FuncAnimation, PillowWriter
+
+    plt, figure, (axis,) = new_figure(size=(6, 3.6))
+    first = np.array(lines[0]["max_rank"])
+    layers, highest = np.arange(len(first)), max(max(line["max_rank"]) for line in lines)
+
+    def draw(line: dict):
+        axis.clear()
+        axis.plot(layers, first, "k:", label=f"step {lines[0]['step']:,}")
+        axis.bar(layers, line["max_rank"], color=COLORS[1], label=f"step {line['step']:,}")
+        axis.set(xlabel="layer", ylabel="rank k*, largest of the heads", ylim=(0, 1.1 * highest), xticks=layers)
+        axis.legend(frameon=False, loc="upper right")
+
+    FuncAnimation(figure, draw, frames=lines).save(path, writer=PillowWriter(fps=4), dpi=100)
     plt.close(figure)

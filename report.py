@@ -1,5 +1,6 @@
 """Tables and figures from what the runs of a recipe left behind: report.md, loss.png, arms.png and rank.png.
 
+    python report.py out/mine --animate  # of one run that was trained with --track_rank: its rank by step and layer
     python report.py out/demo            # writes out/demo/report.md again, from the checkpoints and metrics there
     python inheritune.py config/demo.toml  # makes all of it, and ends with this report
 
@@ -21,14 +22,15 @@ import configurator
 import data
 import storage
 from configurator import UserError
-from figures import plot_arms, plot_losses, plot_ranks
+from figures import animate_collapse, plot_arms, plot_collapse, plot_losses, plot_ranks
 
 
 @dataclass
 class ReportConfig:
     """Write the report of a recipe from what its runs left behind."""
 
-    out_dir: tyro.conf.Positional[str]  # the recipe's out_dir
+    out_dir: tyro.conf.Positional[str]  # of a recipe; or of one run that was trained with --track_rank
+    animate: bool = False  # write collapse.gif too: the rank of every layer as the training went on
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -97,10 +99,15 @@ def verdict(difference: float, interval: float, tolerance: float) -> str:
     return f"{matched}, {'better' if difference < 0 else 'worse'}"
 
 
+def metrics(run_dir: Path, key: str) -> list[dict]:
+    """The lines of a run's metrics.jsonl that have a key."""
+    text = (run_dir / "metrics.jsonl").read_text(encoding="utf-8")
+    return [line for line in map(json.loads, text.splitlines()) if key in line]
+
+
 def curve(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and validation loss of every evaluation of a checkpoint's run."""
-    metrics = (path.parent / "metrics.jsonl").read_text(encoding="utf-8")
-    lines = [line for line in map(json.loads, metrics.splitlines()) if "val_loss" in line]
+    lines = metrics(path.parent, "val_loss")
     return np.array([line["tokens"] for line in lines]), np.array([line["val_loss"] for line in lines])
 
 
@@ -234,9 +241,25 @@ def claims(rows: list[dict], recipe: dict, attention: dict) -> str:
 # The report
 
 
-def report(out_dir: str | Path) -> str:
+def report_collapse(run_dir: Path, out_dir: Path, animate: bool) -> str:
+    """Draw how the attention of a run that tracked it changed; Markdown that shows it, empty for another run."""
+    lines = metrics(run_dir, "max_rank")
+    if not lines:
+        return ""
+    plot_collapse(lines, out_dir / "collapse.png")
+    if animate:
+        animate_collapse(lines, out_dir / "collapse.gif")
+    moving = "\n\n![the same, moving](collapse.gif)" if animate else ""
+    return f"\n## Rank and columns as {run_dir.name} was trained\n\n![rank by step and layer](collapse.png){moving}\n"
+
+
+def report(out_dir: str | Path, animate: bool = False) -> str:
     """Write report.md and its figures; return its numbers as text. Raises UserError where there is no target yet."""
     out_dir = Path(out_dir)
+    if (out_dir / "metrics.jsonl").is_file():  # one run, not a recipe
+        if not report_collapse(out_dir, out_dir, animate):
+            raise UserError(f"{out_dir}: its attention was not tracked; train with --track_rank")
+        return f"{out_dir}/collapse.png"
     if not (out_dir / "recipe.json").is_file():
         raise UserError(f"{out_dir}/recipe.json: not found; finish the recipe with: python inheritune.py PRESET.toml")
     recipe = storage.read_json(out_dir / "recipe.json")
@@ -297,7 +320,7 @@ Trained at commit {commits}, with seeds {seeds}; {made_by}.
 
 
 def main():
-    print(report(configurator.load(ReportConfig).out_dir))
+    print(report(**vars(configurator.load(ReportConfig))))
 
 
 if __name__ == "__main__":

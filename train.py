@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import attention
 import checkpoint
 import configurator
 import data
@@ -82,6 +83,7 @@ class TrainConfig:
     save_interval: int = 1_000  # steps between checkpoints
     keep_checkpoints: int = 1  # the newest ones; older ones are deleted
     log_interval: int = 10  # steps between lines in metrics.jsonl
+    track_rank: bool = False  # log the attention rank and columns of every layer at each evaluation
     device: str = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of the arithmetic
     compile: Literal["auto", True, False] = "auto"  # torch.compile
@@ -253,6 +255,8 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
                 val_loss, error = data.mean_and_error(losses)
                 best = min(best, {"loss": val_loss, "step": step}, key=lambda evaluation: evaluation["loss"])
                 log({"step": step, "tokens": tokens, "val_loss": val_loss, "val_se": error})
+                if config.track_rank and rank == 0:
+                    log({"step": step, "tokens": tokens, **attention.collapse(model, val_tokens)})
                 say(f"  step {step:>6,} of {config.max_steps:,}: val loss {val_loss:.4f} ± {error:.4f}")
                 evaluated_at = step
         stop = machine.stop_requested()

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import call_script, random_model
+from conftest import TINY, call_script, options, random_model, read_metrics
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_attention import svd_rank, tiny
 
@@ -18,6 +19,8 @@ import analyze_attention
 import attention
 import checkpoint
 import inherit
+import report
+import train
 from configurator import UserError
 
 
@@ -173,3 +176,41 @@ def test_without_transformers_the_error_names_it(llama, data_dir, capsys, monkey
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert call_script(analyze_attention, llama, f"--data_dir={data_dir}") == 2
     assert "is of type 'llama', which takes transformers; pip install transformers" in capsys.readouterr().err
+
+
+# ---- watching it happen: train.py --track_rank
+
+
+def test_tracking_changes_no_bit_of_the_training_and_logs_what_the_analysis_finds(data_dir, tmp_path):
+    settings = TINY | {"data_dir": str(data_dir), "dropout": 0.1, "n_layer": 3}
+    paths = {
+        tracked: train.train(train.TrainConfig(out_dir=str(tmp_path / str(tracked)), track_rank=tracked, **settings))
+        for tracked in (True, False)
+    }
+    for name in ("model", "optimizer"):
+        ours, theirs = (load_file(paths[tracked] / f"{name}.safetensors") for tracked in (True, False))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    lines = [line for line in read_metrics(tmp_path / "True") if "max_rank" in line]
+    assert [line["step"] for line in lines] == [0, 10, 20]
+    assert not [line for line in read_metrics(tmp_path / "False") if "max_rank" in line]
+    found = analyze_attention.analyze(
+        analyze_attention.AnalyzeConfig(str(paths[True]), data_dir=str(data_dir), sequences=4, out=str(tmp_path / "a"))
+    )
+    for key in ("max_rank", "mean_rank", "max_columns", "mean_columns"):
+        assert lines[-1][key] == pytest.approx([row[key] for row in found["layers"]])
+    assert lines[0]["mean_rank"] != lines[-1]["mean_rank"]
+
+
+def test_the_report_draws_how_a_tracked_run_went_and_moves_it_if_asked(data_dir, tmp_path, capsys):
+    settings = TINY | {"data_dir": data_dir, "out_dir": tmp_path / "run", "track_rank": True, "eval_interval": 5}
+    assert call_script(train, *options(**settings)) == 0
+    assert call_script(report, tmp_path / "run", "--animate") == 0
+    assert capsys.readouterr().out.endswith(f"{tmp_path}/run/collapse.png\n")
+    with Image.open(tmp_path / "run/collapse.gif") as moving:
+        assert moving.n_frames == 5
+    assert (tmp_path / "run/collapse.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_was_not_tracked_is_told_how_to(reference, capsys):
+    assert call_script(report, reference) == 2
+    assert "its attention was not tracked; train with --track_rank" in capsys.readouterr().err

@@ -76,7 +76,7 @@ def conditions(result: dict) -> str:
 def plot_layers(axes, lines: list[tuple[str, list[dict]]]):
     """Rank and columns by layer on two axes, a line with its error band for each (title, rows of summarize)."""
     for axis, name, label in zip(axes, ("max_rank", "max_columns"), ("rank k*", "columns c*"), strict=True):
-        for (title, rows), color, style in zip(lines, COLORS, STYLES, strict=False):
+        for (title, rows), color, style in zip(lines, COLORS, MARKED, strict=False):
             layers = [row["layer"] for row in rows]
             mean, error = (np.array([row[name + end] for row in rows]) for end in ("", "_se"))
             axis.plot(layers, mean, style, color=color, label=title, markersize=5)
@@ -134,9 +134,9 @@ def plot_heads(result: dict, matrices: list[np.ndarray], path: Path):
 def plot_ranks(attention: dict[str, dict], path: Path):
     """Rank and columns by layer of the reference, the target and the untrained control."""
     reference = attention["reference"]
-    lines = {"reference": reference["layers"], "inherited target": attention["target"]["layers"]}
+    lines = [("reference", reference["layers"]), ("inherited target", attention["target"]["layers"])]
     plt, figure, axes = new_figure(2, size=(10, 4))
-    plot_layers(axes, lines | {"untrained": reference["untrained"]})
+    plot_layers(axes, [*lines, ("untrained", reference["untrained"])])
     figure.suptitle(conditions(reference))
     figure.savefig(path, dpi=120)
     plt.close(figure)

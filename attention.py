@@ -280,8 +280,8 @@ def measure(
     }
 
 
-def collapse(model: GPT, tokens: np.ndarray, sequences: int = 4, tau: float = 0.90) -> dict[str, list[float]]:
-    """What train.py --track_rank logs: for each layer the largest and the mean over heads of k* and c*.
+def collapse(model: GPT, tokens: np.ndarray, sequences: int = 4, tau: float = 0.90) -> dict:
+    """What train.py --track_rank logs: for each layer the largest and the mean over heads of k* and c*; T, tau, n.
 
     The mean over a few validation windows, always the same ones. Leaves the model and the random numbers as they were.
     """
@@ -291,8 +291,9 @@ def collapse(model: GPT, tokens: np.ndarray, sequences: int = 4, tau: float = 0.
     idx = data.windows(tokens, starts[chosen], T)[0].to(model.transformer.wte.weight.device)
     by_layer = measure(model.eval(), idx, tau, micro_batch=1).values()
     model.train(training)
-    return {
+    found = {
         f"{kind}_{name}": [float(reduce(values[name], axis=0).mean()) for values in by_layer]  # over heads; sequences
         for name in ("rank", "columns")
         for kind, reduce in (("max", np.max), ("mean", np.mean))
     }
+    return found | {"T": T, "tau": tau, "sequences": len(chosen)}

@@ -234,8 +234,10 @@ def visit_layers(model: torch.nn.Module, idx: torch.Tensor, visit: Callable[[int
     So one layer is in memory at a time. A layer without attention (state space, convolution, linear) is not visited.
     """
     if isinstance(model, GPT):
-        for layer, attention_BHTT in enumerate(model.attention_matrices(idx)):
-            visit(layer, attention_BHTT)
+        x = model.embed(idx)  # GPT.attention_matrices would do, but holds on to one layer until the next is there
+        for layer, block in enumerate(model.transformer.h):
+            visit(layer, block.attn.matrix(block.ln_1(x)))
+            x = block(x)
         return
 
     shape, seen, handles = (len(idx), idx.shape[1], idx.shape[1]), set(), []

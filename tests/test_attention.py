@@ -179,16 +179,24 @@ def test_the_measures_are_those_of_the_family_s_own_output_attentions(family):
         torch.testing.assert_close(torch.tensor(values[layer]["sink"].T), matrices[..., 0].mean(-1).double())
 
 
-def test_one_layer_of_one_batch_is_in_memory_at_a_time():
-    model, alive, most = tiny("Llama", num_hidden_layers=6), [], 0
+@pytest.mark.parametrize("family", ["Llama", "ours"])
+def test_a_layer_s_matrices_are_gone_before_the_next_layer_has_its_own(family):
+    model = random_model(n_layer=6, block_size=20, dtype=torch.float32)
+    if family != "ours":
+        model = tiny(family, num_hidden_layers=6)
+    given, alive = [], []
 
     def visit(layer, matrices):
-        nonlocal most
-        alive.append(weakref.ref(matrices))
-        most = max(most, sum(reference() is not None for reference in alive))
+        alive.append([reference() is not None for reference in given])
+        given.append(weakref.ref(matrices))
 
-    attention.visit_layers(model, torch.randint(300, (2, 20)), visit)
-    assert len(alive) == 6 and most == 1
+    handles = [
+        module.register_forward_pre_hook(lambda *_: alive.append([r() is not None for r in given]))
+        for name, module in model.named_modules()
+        if name.endswith(("ln_1", "input_layernorm"))  # what a layer begins with
+    ]
+    attention.visit_layers(model, torch.randint(60, (2, 20)), visit)
+    assert len(given) == 6 and len(alive) >= 6 + len(handles) and not any(map(any, alive))
 
 
 def test_layers_without_attention_are_named_and_a_model_without_any_is_refused(capsys):

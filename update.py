@@ -1,7 +1,7 @@
 """One update of the weights, without waiting for the device: fused AdamW, a clipped gradient, a guard against NaN.
 
     python train.py config/demo.toml --grad_clip=0.5 --weight_decay=0 --out_dir=out/clipped
-    python bench.py --n_layer=4 --n_embd=128 --n_head=4 --max_steps=100 --steps=3    # the share of it in a step
+    python bench.py config/demo.toml --steps=5    # its share of a step
 
 A gradient that is not finite must never reach the weights, yet asking for it after each step would make the CPU wait
 for a GPU each time, and the GPU then for the CPU. So the optimizer's kernel itself reads the answer and skips this

@@ -152,7 +152,7 @@ def test_a_peak_is_that_of_the_very_device_or_unknown(name, peak):
         (["--n_head=3"], "n_embd 32 is not divisible by n_head 3"),
         (["--micro_batch=16"], "--micro_batch=8 divides it"),
         (["--dropout=0.1"], "without dropout"),
-        (["--reference=no/such", "--target=no/such"], "no/such does not exist"),
+        (["--reference=no/such", "--target=no/such"], "no/such is no directory here"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(capsys, wrong, words):

@@ -178,7 +178,9 @@ def peer(directory: str, config: TrainConfig, shape: GPTConfig, device: torch.de
         optimizer.zero_grad(set_to_none=True)
 
     name = f"{Path(directory).name}, {'compiled' if compiled else 'eager'}"
-    return Contender(name, model, lambda x, y, _: trained(x, y)[1], optimizer, update, autocast, scaler)
+    return Contender(
+        name, model, lambda x, y, _: trained(x.contiguous(), y.contiguous())[1], optimizer, update, autocast, scaler
+    )
 
 
 def training(config: BenchConfig, say):

@@ -39,37 +39,59 @@ def approximate_rank(attention_BHTT: torch.Tensor, tau: float = 0.90) -> torch.T
     """k*(tau) (B, H): the least k with sum of the k largest sigma² >= tau · sum of all sigma²; from 1 to T.
 
     One direction (rank one) gives 1, the identity ceil(tau·T). The answer is that of the whole spectrum, but few
-    heads need it: where the rank is low, a small subspace proves it (proven_rank). Which heads that may be is seen
-    beforehand: S_k = λ_1 + ... + λ_k <= sqrt(k)·‖G‖ by Cauchy and Schwarz, so k* >= (tau · trace G / ‖G‖)², and it
-    tends to be two to four times that. The values have to be finite. Computed in float32 at least.
+    heads need it. A column that holds tau of the squared mass by itself proves rank one: λ_1 >= G_jj. Where the rank
+    is low, a small subspace proves it (proven_rank). The values have to be finite. In float32 at least.
     """
     A = attention_BHTT.flatten(0, 1)  # (N, T, T)
     A = A.to(torch.promote_types(A.dtype, torch.float32))
     if A.device.type == "mps":  # has neither eigvalsh nor float64
         A = A.cpu()
-    gram = gram_matrices(A)
+    mass = A.square().sum(-2).double()  # of each column (N, T)
+    rank = (mass.amax(-1) > tau * (1 + rounding(A)) * mass.sum(-1)).long()  # (N,); 0: not known yet
+    unknown = rank == 0
+    if unknown.any():
+        rank[unknown] = rank_from_gram(gram_matrices(pick(A, unknown)), tau)
+    return rank.unflatten(0, attention_BHTT.shape[:2])
+
+
+def rank_from_gram(gram: torch.Tensor, tau: float) -> torch.Tensor:
+    """k* (N,) of Gram matrices (N, T, T): proven by a subspace where that is promising, else from the spectrum.
+
+    What is promising is seen beforehand: S_k = λ_1 + ... + λ_k <= sqrt(k)·‖G‖ by Cauchy and Schwarz, so
+    k* >= (tau · trace G / ‖G‖)². It tends to be two to four times that, and a subspace has to be wider than k*.
+    """
     trace = gram.diagonal(dim1=-2, dim2=-1).double().sum(-1)  # (N,)
     norm = torch.linalg.vector_norm(gram, dim=-1).double().square().sum(-1).sqrt()  # ‖G‖, Frobenius (N,)
     at_least = (tau * trace / norm).square()
     rank = torch.zeros_like(trace, dtype=torch.long)  # 0: not known yet
-    for width in (width for width in WIDTHS if 4 * width <= A.shape[-1]):
-        promising = ((rank == 0) & (4 * at_least <= width)).nonzero().flatten()
-        if len(promising):
-            rank[promising] = proven_rank(gram[promising], trace[promising], norm[promising], tau, width)
-    rest = (rank == 0).nonzero().flatten()
-    if len(rest):
-        rank[rest] = least_count(torch.linalg.eigvalsh(gram[rest]).flip(-1), tau)  # largest first
-    return rank.unflatten(0, attention_BHTT.shape[:2])
+    for width in (width for width in WIDTHS if 4 * width <= gram.shape[-1]):
+        promising = (rank == 0) & (4 * at_least <= width)
+        if promising.any():
+            rank[promising] = proven_rank(pick(gram, promising), trace[promising], norm[promising], tau, width)
+    unknown = rank == 0
+    if unknown.any():
+        rank[unknown] = least_count(torch.linalg.eigvalsh(pick(gram, unknown)).flip(-1), tau)  # largest first
+    return rank
+
+
+def pick(matrices: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    """The matrices (N, T, T) that are True in which (N,); no copy of them if these are all."""
+    return matrices if which.all() else matrices[which]
+
+
+def rounding(matrices: torch.Tensor) -> float:
+    """The most that a dot product of T numbers may be off by rounding, relative to the sum of its terms' sizes."""
+    return matrices.shape[-1] * torch.finfo(matrices.dtype).eps / 2
 
 
 def gram_matrices(A: torch.Tensor) -> torch.Tensor:
     """AᵀA of matrices (N, T, T); for causal ones, whose rows end at the diagonal, in less than half of the products."""
-    if A.triu(1).any():
-        return A.mT @ A
     T, gram = A.shape[-1], torch.zeros_like(A)
     step = max(16, T // 8)
     for end in range(step, T + step, step):
-        rows = A[:, end - step : end, :end]  # zero from column `end` on
+        rows, future = A[:, end - step : end, :end], A[:, end - step : end, end:]
+        if future.any():
+            return A.mT @ A
         gram[:, :end, :end].baddbmm_(rows.mT, rows)
     return gram
 
@@ -88,11 +110,10 @@ def proven_rank(gram: torch.Tensor, trace: torch.Tensor, norm: torch.Tensor, tau
                                                       >= Σ θ_i² + 2 θ_k Σ_{i<=k} (λ_i - θ_i).
 
     If S_k >= tau · trace and S_(k-1) < tau · trace, k* is k. How Q began decides how many heads stay in doubt, never
-    the answer. `slack` is for rounding: the most that a dot product of T numbers may be off, relative to its terms.
+    the answer. Slack is left for rounding.
     """
-    T = gram.shape[-1]
-    slack = T * torch.finfo(gram.dtype).eps / 2 * trace[:, None]
-    start = torch.randn(T, width, generator=torch.Generator().manual_seed(0)).to(gram)
+    slack = rounding(gram) * trace[:, None]
+    start = torch.randn(gram.shape[-1], width, generator=torch.Generator().manual_seed(0)).to(gram)
     Q = torch.linalg.qr(gram @ (gram @ start)).Q  # (N, T, width)
     ritz = torch.linalg.eigvalsh((Q.mT @ (gram @ Q)).double()).flip(-1).clamp(min=0)  # (N, width), largest first
     below = ritz.cumsum(-1)
@@ -280,8 +301,8 @@ def measure(
     }
 
 
-def collapse(model: GPT, tokens: np.ndarray, sequences: int = 4, tau: float = 0.90) -> dict[str, list[float]]:
-    """What train.py --track_rank logs: for each layer the largest and the mean over heads of k* and c*.
+def collapse(model: GPT, tokens: np.ndarray, sequences: int = 4, tau: float = 0.90) -> dict:
+    """What train.py --track_rank logs: for each layer the largest and the mean over heads of k* and c*; T, tau, n.
 
     The mean over a few validation windows, always the same ones. Leaves the model and the random numbers as they were.
     """
@@ -291,8 +312,9 @@ def collapse(model: GPT, tokens: np.ndarray, sequences: int = 4, tau: float = 0.
     idx = data.windows(tokens, starts[chosen], T)[0].to(model.transformer.wte.weight.device)
     by_layer = measure(model.eval(), idx, tau, micro_batch=1).values()
     model.train(training)
-    return {
+    found = {
         f"{kind}_{name}": [float(reduce(values[name], axis=0).mean()) for values in by_layer]  # over heads; sequences
         for name in ("rank", "columns")
         for kind, reduce in (("max", np.max), ("mean", np.mean))
     }
+    return found | {"T": T, "tau": tau, "sequences": len(chosen)}

@@ -154,6 +154,7 @@ def plot_collapse(lines: list[dict], path: Path):
         axis.set(xlabel="step", ylabel="layer", title=f"{label}, largest of the heads")
         axis.yaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=axis)
+    figure.suptitle("T = {T}, τ = {tau}, n = {sequences} sequences".format(**lines[0]))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -171,6 +172,7 @@ def animate_collapse(lines: list[dict], path: Path):
         axis.plot(layers, first, "k:", label=f"step {lines[0]['step']:,}")
         axis.bar(layers, line["max_rank"], color=COLORS[1], label=f"step {line['step']:,}")
         axis.set(xlabel="layer", ylabel="rank k*, largest of the heads", ylim=(0, 1.1 * highest), xticks=layers)
+        axis.set_title("T = {T}, τ = {tau}, n = {sequences} sequences".format(**line))
         axis.legend(frameon=False, loc="upper right")
 
     FuncAnimation(figure, draw, frames=lines).save(path, writer=PillowWriter(fps=4), dpi=100)

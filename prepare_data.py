@@ -24,6 +24,7 @@ import os
 import platform
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -169,11 +170,12 @@ def write_split(out: Path, name: str, progress: dict, order: np.ndarray, encode_
         progress["splits"][name] = entry | {"sha256": sha256.hexdigest()}
         storage.replace_json(out / "progress.json", progress)
 
+    begun, kept = time.perf_counter(), entry["tokens"]
     # The total is what the tokens so far make likely, so that the time left is told in the unit that takes the time.
-    bar = tqdm(desc=path.name, initial=entry["tokens"], unit=" tokens", unit_scale=True, disable=None)
+    bar = tqdm(desc=path.name, initial=kept, unit=" tokens", unit_scale=True, disable=None)
     with open(path, "ab") as file, bar:
         file.truncate(entry["tokens"] * itemsize)
-        recorded = entry["tokens"]
+        recorded = kept
         for ids, lengths in encode_rest(order[entry["read"] :]):
             whole = int(np.searchsorted(np.cumsum(lengths), max_tokens - entry["tokens"], "right"))
             ids = ids[: int(lengths[:whole].sum())]
@@ -191,6 +193,8 @@ def write_split(out: Path, name: str, progress: dict, order: np.ndarray, encode_
                 recorded = entry["tokens"]
                 record()
         record()
+    speed = (entry["tokens"] - kept) / (time.perf_counter() - begun)
+    print(f"{path}: {entry['tokens']:,} tokens of {entry['documents']:,} documents, {speed:,.0f} tokens a second")
 
 
 def expected_size(config: PrepareConfig, texts, encoding, dtype: str, indices: dict) -> tuple[int, int]:
@@ -326,8 +330,6 @@ def main():
         }  # fmt: skip
         storage.replace_json(out / "meta.json", meta)  # last: its presence says that all of it is done
         (out / "progress.json").unlink()
-    for name, entry in splits.items():
-        print(f"{out / name}.bin: {entry['tokens']:,} tokens of {entry['documents']:,} documents")
 
 
 if __name__ == "__main__":

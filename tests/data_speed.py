@@ -6,7 +6,8 @@
 The corpus is repeated to so many MB, in shards and row groups like the hub's. Each contender is a process of its own
 with an empty cache, timed from its start to its end, in turn; nanoGPT's script is run as it is, but for the data set
 it loads and, since it needs 1,024 documents in a split, the number of batches it writes. bare tiktoken is two
-processes that encode documents they hold in memory and keep nothing: neither start nor reading counts. Memory is
+processes that encode documents they hold in memory and keep nothing: neither start nor reading counts, so that what
+prepare_data.py says of its encoding is set against it too. In brackets: seconds, seconds of the processors. Memory is
 measured in another run: the sum over the processes of what each has to itself and its share of the rest (PSS).
 """
 
@@ -16,6 +17,7 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -76,11 +78,13 @@ def environment(cache: Path) -> dict:
     return os.environ | {"HF_HOME": str(cache), "HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
 
 
-def timed(command: list[str], cache: Path) -> tuple[float, float]:
-    """Seconds by the clock and of the processors that a command took."""
+def timed(command: list[str], cache: Path) -> tuple[float, float, str]:
+    """Seconds by the clock and of the processors that a command took, and what it printed."""
     begun, cpu = time.perf_counter(), sum(os.times()[2:4])
-    subprocess.run(command, check=True, capture_output=True, env=environment(cache))
-    return time.perf_counter() - begun, sum(os.times()[2:4]) - cpu
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment(cache)
+    )
+    return time.perf_counter() - begun, sum(os.times()[2:4]) - cpu, done.stdout
 
 
 def descendants(pid: int) -> list[int]:
@@ -114,17 +118,19 @@ def killed(command: list[str], out: Path, cache: Path, seconds: float) -> list[i
     Every other time the clock starts with the command, else when it has begun to write.
     """
     moments, recorded, progress = random.Random(1337), [], out / "progress.json"
-    for life in range(10):
+    while len(recorded) < 10:
         before = progress.stat().st_mtime_ns if progress.exists() else 0
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(cache)
         )
-        while life % 2 and (progress.stat().st_mtime_ns if progress.exists() else 0) == before:
+        while len(recorded) % 2 and (progress.stat().st_mtime_ns if progress.exists() else 0) == before:
             time.sleep(0.01)
         time.sleep(moments.uniform(0, seconds))
         process.kill()
         process.wait()
-        assert not (out / "meta.json").exists(), "it ended before it was killed"
+        if (out / "meta.json").exists():  # it ended before it was killed
+            shutil.rmtree(out)
+            continue
         splits = json.loads(progress.read_text())["splits"] if progress.exists() else {}
         recorded.append(splits.get("train", {"tokens": 0})["tokens"])
     timed(command, cache)
@@ -142,33 +148,40 @@ def main():
     shards, n_bytes = repeat(corpus, megabytes, folder)
     machine = f"{os.cpu_count()} cores, Python {platform.python_version()}"
     print(f"{n_bytes / 1e6:.0f} MB of text in {len(shards)} files, {machine}", flush=True)
-    seconds: dict[str, list] = {"ours": [], "nanoGPT": [], "bare tiktoken": []}
+    seconds: dict[str, list] = {"ours": [], "nanoGPT": [], "bare tiktoken": [], "ours, encoding": []}
     for i in range(repetitions):
         load = os.getloadavg()[0]
         commands = {"ours": ours(shards, folder / f"ours{i}")}
         commands["nanoGPT"] = nanogpt(script, shards, folder / f"nanogpt{i}")
         for name, command in commands.items():
-            seconds[name].append(timed(command, folder / "cache"))
+            *took, printed = timed(command, folder / "cache")
+            seconds[name].append(took)
             shutil.rmtree(folder / "cache")
+            if name == "ours":
+                tokens, speed = re.search(r"train\.bin: ([\d,]+) .* ([\d,]+) tokens a second", printed).groups()
+                seconds["ours, encoding"].append([int(tokens.replace(",", "")) / int(speed.replace(",", ""))])
         bare = subprocess.run([sys.executable, "-c", BARE, *shards], check=True, capture_output=True)
-        seconds["bare tiktoken"].append(tuple(map(float, bare.stdout.split())))
+        seconds["bare tiktoken"].append([*map(float, bare.stdout.split())])
         assert hashes(folder / f"ours{i}") == hashes(folder / f"nanogpt{i}") == hashes(folder / "ours0")
         print(
-            f"load {load:.1f}:",
-            {name: [round(x, 1) for x in values[-1]] for name, values in seconds.items()},
-            flush=True,
+            f"load {load:.1f}:", {name: [round(x, 1) for x in took[-1]] for name, took in seconds.items()}, flush=True
         )
     tokens = sum((folder / "ours0" / f"{split}.bin").stat().st_size for split in ("train", "val")) // 2
     print(f"tokens equal: {tokens:,}; sha256 of train.bin, val.bin: {' '.join(hashes(folder / 'ours0'))}")
-    for i, unit in enumerate(("second", "processor second")):
-        speed = {name: tokens / statistics.median(value[i] for value in values) for name, values in seconds.items()}
-        print(*(f"{name}: {value / 1e6:.2f} M tokens a {unit}" for name, value in speed.items()), sep="\n")
-        print(*(f"ours / {name}: {speed['ours'] / value:.2f}" for name, value in speed.items() if name != "ours"))
+    clock = {name: statistics.median(took[0] for took in values) for name, values in seconds.items()}
+    processor = {name: statistics.median(took[-1] for took in values) for name, values in seconds.items()}
+    print(*(f"{name}: {tokens / value / 1e6:.2f} M tokens a second" for name, value in clock.items()), sep="\n")
+    print(
+        f"nanoGPT / ours: {clock['nanoGPT'] / clock['ours']:.2f} by the clock, "
+        f"{processor['nanoGPT'] / processor['ours']:.2f} of the processors\n"
+        f"bare tiktoken / ours: {clock['bare tiktoken'] / clock['ours, encoding']:.2f} encoding, "
+        f"{clock['bare tiktoken'] / clock['ours']:.2f} with start and reading"
+    )
 
     memory = peak_memory(ours(shards, folder / "memory"), folder / "cache")
     print(f"peak memory: {memory['Pss']:.2f} GB, {memory['Rss']:.2f} GB with shared pages counted for each process")
-    second = statistics.median(clock for clock, _ in seconds["ours"]) / 8
-    found = killed(ours(shards, folder / "killed"), folder / "killed", folder / "cache", second)
+    a_while = clock["ours"] / 4
+    found = killed(ours(shards, folder / "killed"), folder / "killed", folder / "cache", a_while)
     print(f"killed ten times; tokens of train.bin kept at each kill: {found}")
     print(f"the same bytes: {hashes(folder / 'killed') == hashes(folder / 'ours0')}")
     shutil.rmtree(folder)

@@ -126,6 +126,6 @@ def test_the_documented_tasks_are_the_harness_s():
     from lm_eval.tasks import TaskManager
 
     known = set(TaskManager().all_tasks)
-    for file in (ROOT / "README.md", ROOT / "runs/evaluate.sh"):
+    for file in (ROOT / "docs/reproduce.md", ROOT / "runs/evaluate.sh"):
         (tasks,) = re.findall(r"--tasks[ =](\S+)", file.read_text())
         assert len(tasks.split(",")) == 8 and set(tasks.split(",")) <= known

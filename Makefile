@@ -1,11 +1,12 @@
 # make demo    the whole recipe on Python's own source code, minutes on two CPU cores
 # make test    the tests
 # make lint    ruff
+# make bench   the speed of the demo's training on this machine
 # Each sets itself up: a virtual environment in .venv with the pinned requirements.
 
 PYTHON ?= python3
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: .venv/installed
 	.venv/bin/python prepare_data.py python --out=data/demo
@@ -17,6 +18,9 @@ test: .venv/installed-dev
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+bench: .venv/installed
+	.venv/bin/python bench.py config/demo.toml
 
 clean:
 	rm -rf .venv out/demo data/demo

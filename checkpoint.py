@@ -35,6 +35,7 @@ PARTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW's state
 FREE_TO_CHANGE = {  # settings that a resumed run may have otherwise than before
     "out_dir", "data_dir", "resume", "override", "eval_only", "micro_batch", "eval_interval", "save_interval",
     "keep_checkpoints", "log_interval", "track_rank", "device", "compile", "deterministic",
+    "gradient_checkpointing",
 }  # fmt: skip
 MASK_BUFFER = re.compile(r"\.attn\.(masked_)?bias$")  # the causal mask, which old GPT-2 files carry
 

@@ -130,6 +130,19 @@ def train_starts(n_tokens: int, block_size: int, seed: int, step: int, batch_siz
     return np.array([epoch_starts(n_tokens, block_size, seed, p // n_windows)[p % n_windows] for p in positions])
 
 
+def accumulation(tokens_per_step: int, micro_batch: int, block_size: int, processes: int) -> int:
+    """How many micro-batches each process adds up to a step. Raises UserError if they do not make up a step."""
+    micro_tokens = micro_batch * block_size * processes
+    if tokens_per_step % micro_tokens:
+        fitting = [b for b in range(micro_batch, 0, -1) if tokens_per_step % (b * block_size * processes) == 0]
+        remedy = f"--micro_batch={fitting[0]} divides it" if fitting else "change tokens_per_step"
+        raise UserError(
+            f"tokens_per_step {tokens_per_step} is not divisible by micro_batch {micro_batch} x "
+            f"block_size {block_size} x {processes} process(es) = {micro_tokens}; {remedy}"
+        )
+    return tokens_per_step // micro_tokens
+
+
 def val_starts(n_tokens: int, block_size: int) -> np.ndarray:
     """Where the validation windows start: always all of them, in order; a tail shorter than T is left out."""
     return np.arange((n_tokens - 1) // block_size) * block_size

@@ -8,19 +8,26 @@ The choices of arithmetic and of compiling come with their reason, which train.p
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import platform
+import re
+import resource
 import signal
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
+
+COMPILE_PAYS_FROM = 1e14  # FLOPs on a CPU: docs/performance.md has the measurement
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -71,15 +78,47 @@ def cpu_capabilities() -> dict:
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
-def pick_compile(choice: bool | str, device: torch.device) -> tuple[bool, str]:
-    """Whether to torch.compile, and the reason."""
+def pick_compile(choice: bool | str, device: torch.device, flops: float) -> tuple[bool, str]:
+    """Whether to torch.compile a run of so many floating point operations, and the reason."""
     if choice != "auto":
         return choice, "as asked for"
-    if device.type != "cuda":
-        return False, f"on {device.type} it takes a while to start; --compile=True for long runs"
-    if importlib.util.find_spec("triton"):
-        return True, "Triton is here"
-    return False, "it needs Triton, which is not here"
+    if device.type == "cuda":
+        found = importlib.util.find_spec("triton") is not None
+        return found, "Triton is here" if found else "it needs Triton, which is not here"
+    if device.type != "cpu":
+        return False, f"not tried on {device.type} yet"
+    if flops < COMPILE_PAYS_FROM:
+        return False, "on a CPU it takes a minute, too long for a short run"
+    try:  # it needs a C++ compiler and Python's headers
+        torch.compile(torch.sin)(torch.zeros(2))
+    except Exception as error:  # whatever is missing, the run goes on without
+        return False, f"it fails here ({type(error).__name__})"
+    return True, "the run is long"
+
+
+def pick_attention(compiled: bool, device: torch.device, dtype: torch.dtype, T: int):
+    """Choose for this process what computes scaled_dot_product_attention over T tokens.
+
+    On a CPU in bfloat16, compiled matrix products take about half the time of the fused kernel and its slow backward
+    pass, but keep B x heads x T x T numbers a layer: from some length on that is too much.
+    """
+    products = compiled and device.type == "cpu" and dtype == torch.bfloat16 and T <= 512
+    torch.backends.cuda.enable_flash_sdp(not products)  # which a CPU obeys too, in spite of its name
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(products)
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on the device. For a GPU the CPU does not wait: it goes on to prepare the next batch."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def distribute(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The model, in DDP if there are more processes than one: its backward pass averages the gradients over them."""
+    if rank_and_world_size()[1] == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
 @contextlib.contextmanager
@@ -152,3 +191,72 @@ def versions(device: torch.device) -> dict:
         "commit": commit or "unknown", "python": platform.python_version(), "torch": torch.__version__,
         "numpy": np.__version__, "device": f"{device.type}: {name}", "command": " ".join(sys.argv),
     }  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Time, memory, and what the device could do at best
+
+
+# Dense bf16 FLOP/s from the makers' data sheets, by the whole name that torch gives the device. A slice of a GPU or a
+# laptop's has another name and another peak: what is not here is held against a matrix product measured beside it.
+PEAK_FLOPS = {
+    r"NVIDIA B200": 2250e12,
+    r"NVIDIA (H200|GH200 480GB|H100 80GB HBM3)": 989.4e12,
+    r"NVIDIA H100 NVL": 835e12,
+    r"NVIDIA H100 PCIe": 756e12,
+    r"NVIDIA A100-(SXM|PCI).*-[48]0GB|NVIDIA A100 80GB PCIe": 312e12,
+    r"NVIDIA A40": 149.7e12,
+    r"NVIDIA A30": 165e12,
+    r"NVIDIA A10": 125e12,
+    r"NVIDIA RTX A6000": 154.8e12,
+    r"NVIDIA L40S": 362e12,
+    r"NVIDIA L4": 121e12,
+    r"NVIDIA GeForce RTX 4090": 165.2e12,
+    r"NVIDIA GeForce RTX 3090": 71e12,
+    r"AMD Instinct MI300X": 1307.4e12,
+}
+
+
+def mark(device: torch.device):
+    """A moment in the device's own time; the CPU does not wait for it."""
+    events = {"cuda": torch.cuda.Event, "mps": torch.mps.Event}
+    if device.type not in events:
+        return time.perf_counter()
+    event = events[device.type](enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds(start, end) -> float:
+    """Between two marks, after the device has passed the second."""
+    if isinstance(start, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on CUDA the most in tensors at once, on a CPU the most that this process ever had, on MPS what it has."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def known_peak(name: str) -> float | None:
+    """FLOP/s of a device by its name; None if the table does not have it."""
+    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.fullmatch(pattern, name)), None)
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
+    """FLOP/s of the product of two n x n matrices, the best of three, for some n."""
+    found = {}
+    for n in (1024, 2048, 4096) if device.type == "cpu" else (4096, 8192):
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        marks = [mark(device)]
+        for _ in range(3):
+            torch.mm(a, b)
+            marks.append(mark(device))
+        found[n] = 2 * n**3 / min(itertools.starmap(seconds, itertools.pairwise(marks)))
+    return found

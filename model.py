@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -127,6 +128,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False  # keep only what enters a block, compute the rest again in the backward
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),  # also the head: the weights are tied
@@ -155,7 +157,7 @@ class GPT(nn.Module):
         """Logits (B, T, V); with targets (B, T) the cross-entropy in nats, a scalar or, for "none", (B, T)."""
         x = self.embed(idx)
         for block in self.transformer.h:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing else block(x)
         x = self.transformer.ln_f(x)
         logits = F.linear(x, self.transformer.wte.weight)  # (B, T, V)
         if targets is None:

@@ -23,7 +23,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import attention
@@ -35,6 +34,7 @@ import storage
 from configurator import UserError
 from model import GPT, GPTConfig
 from objective import distillation_loss, evaluate, learning_rate, load_teacher, stable_steps
+from update import check_finite, make_optimizer, update_weights
 
 
 @dataclass
@@ -87,6 +87,7 @@ class TrainConfig:
     device: str = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of the arithmetic
     compile: Literal["auto", True, False] = "auto"  # torch.compile
+    gradient_checkpointing: bool = False  # compute each block again for its gradient: less memory, a third slower
     deterministic: bool = False  # GPU: the same bits again, slower; on a CPU they are the same anyway
 
     def __post_init__(self):
@@ -155,7 +156,6 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
     if config.deterministic:
         machine.make_deterministic()
     dtype, dtype_reason = machine.pick_dtype(config.dtype, device)
-    compiled, compile_reason = machine.pick_compile(config.compile, device)
     mixed = dtype in (torch.bfloat16, torch.float16)  # float32 weights, faster arithmetic where it is safe
     autocast = torch.autocast(device.type, dtype) if mixed else contextlib.nullcontext()
 
@@ -169,12 +169,16 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
         teacher, taught_by = load_teacher(config.teacher, meta, model.config, wide)
         flops += teacher.config.flops_per_token() // 3  # its forward pass: 2 of the 6 for each weight
         lineage = checkpoint.with_teacher(lineage, taught_by)
+    total_tokens = 0 if config.eval_only else config.max_steps * config.tokens_per_step
+    compiled, compile_reason = machine.pick_compile(config.compile, device, total_tokens * flops)
     torch.compiler.reset()  # an earlier model of a recipe must not use up the limit of recompilations
     for network in filter(None, (model, teacher)):
         network.to(device)
         if compiled:
             network.compile(dynamic=False)  # in place: the parameters keep their names
+    model.gradient_checkpointing = config.gradient_checkpointing
     T = model.config.block_size
+    machine.pick_attention(compiled, device, dtype, T)
     val_tokens = data.open_tokens(config.data_dir, "val", T, model.config.vocab_size)
     if config.eval_only:
         losses = evaluate(model, val_tokens, config.micro_batch, device, autocast)
@@ -182,21 +186,10 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
         say(f"{config.init_from}: val loss {mean!r} ± {error:.4f} nats ({len(losses)} windows of {T} tokens)")
         return None
     train_tokens = data.open_tokens(config.data_dir, "train", T, model.config.vocab_size)
-    micro_tokens = config.micro_batch * T * world_size
-    if config.tokens_per_step % micro_tokens:
-        fitting = [b for b in range(config.micro_batch, 0, -1) if config.tokens_per_step % (b * T * world_size) == 0]
-        remedy = f"--micro_batch={fitting[0]} divides it" if fitting else "change tokens_per_step"
-        raise UserError(
-            f"tokens_per_step {config.tokens_per_step} is not divisible by micro_batch {config.micro_batch} x "
-            f"block_size {T} x {world_size} process(es) = {micro_tokens}; {remedy}"
-        )
-    accumulation = config.tokens_per_step // micro_tokens
+    accumulation = data.accumulation(config.tokens_per_step, config.micro_batch, T, world_size)
 
     # ---- optimizer
-    optimizer = torch.optim.AdamW(
-        model.param_groups(config.weight_decay), lr=config.lr, betas=(config.beta1, config.beta2),
-        fused=device.type in ("cuda", "cpu", "mps"),
-    )  # fmt: skip
+    optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # ---- resume
@@ -226,10 +219,8 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
     machine.on_rank_0(checkpoint.forget_after, out_dir, start_step)
     log = functools.partial(storage.append_json, out_dir / "metrics.jsonl") if rank == 0 else lambda _: None
     made_by = machine.versions(device) | {"processes": world_size}
-    gpu = [device.index] if device.type == "cuda" else None
-    parallel = DistributedDataParallel(model, device_ids=gpu) if world_size > 1 else model
+    parallel = machine.distribute(model, device)
 
-    total_tokens = config.max_steps * config.tokens_per_step
     say(
         f"{out_dir}: {model.config.n_layer} layers, {model.config.num_params():,} parameters, from {config.init_from}"
         f"{f', taught by {config.teacher}' if teacher else ''}\n"
@@ -244,14 +235,37 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
     model.train()
     stable = stable_steps(config) if config.schedule == "wsd" else 0  # the checkpoint after so many steps is kept
     progress = tqdm(total=config.max_steps, initial=start_step, unit="step", disable=None if rank == 0 else True)
-    logged_step, training_s = start_step, 0.0
+    updates = []  # (rate, loss, gradient norm) of each since the CPU last looked; loss and norm are on the device
+    logged_step, training_s, t0 = start_step, 0.0, time.perf_counter()
     for step in itertools.count(start_step):
         last = step == config.max_steps
         tokens = step * config.tokens_per_step
-        if (step % config.eval_interval == 0 or step == stable or last) and evaluated_at != step:
+        stop = machine.stop_requested()
+        to_log = step % config.log_interval == 0
+        to_evaluate = (step % config.eval_interval == 0 or step == stable or last) and evaluated_at != step
+        to_save = step % config.save_interval == 0 or step == stable or last or stop
+        if updates and (to_log or to_evaluate or to_save):  # no other step waits for the device
+            rate, train_loss, grad_norm = updates[-1]
+            check_finite([norm for *_, norm in updates], step, scaler, out_dir)
+            training_s += time.perf_counter() - t0
+            updates.clear()
+            if to_log:
+                if world_size > 1:
+                    dist.all_reduce(train_loss)
+                line = {
+                    "step": step, "tokens": tokens, "train_loss": train_loss.item() / world_size, "lr": rate,
+                    "grad_norm": grad_norm.item() if grad_norm.isfinite() else None,
+                    "tokens_per_s": round((step - logged_step) * config.tokens_per_step / training_s),
+                }  # fmt: skip
+                log(line)
+                progress.set_postfix(loss=f"{line['train_loss']:.3f}", tokens_per_s=line["tokens_per_s"])
+                logged_step, training_s = step, 0.0
+        if to_evaluate:
             data.read_meta(config.data_dir)  # still the files that the run began with?
             losses = evaluate(model, val_tokens, config.micro_batch, device, autocast, may_stop=not last)
-            if losses is not None:
+            if losses is None:
+                stop = machine.stop_requested()
+            else:
                 val_loss, error = data.mean_and_error(losses)
                 best = min(best, {"loss": val_loss, "step": step}, key=lambda evaluation: evaluation["loss"])
                 log({"step": step, "tokens": tokens, "val_loss": val_loss, "val_se": error})
@@ -259,8 +273,7 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
                     log({"step": step, "tokens": tokens, **attention.collapse(model, val_tokens)})
                 say(f"  step {step:>6,} of {config.max_steps:,}: val loss {val_loss:.4f} ± {error:.4f}")
                 evaluated_at = step
-        stop = machine.stop_requested()
-        if (step % config.save_interval == 0 or step == stable or last or stop) and step > start_step:
+        if (to_save or stop) and step > start_step:
             state = {
                 "format": storage.FORMAT, "step": step, "tokens": tokens, "flops": tokens * flops,
                 "evaluated_at": evaluated_at, "best": best, "stable": step <= stable, "scaler": scaler.state_dict(),
@@ -279,7 +292,8 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
             progress.close()
             return path
 
-        t0 = time.perf_counter()
+        if not updates:  # nothing is under way
+            t0 = time.perf_counter()
         rate = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -290,7 +304,7 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
             if config.dropout > 0:  # the same masks whenever this step is made again
                 seeds = np.random.SeedSequence([config.seed, step, rank, micro_step])
                 torch.manual_seed(int(seeds.generate_state(1)[0]))
-            x, y = (t.to(device) for t in data.windows(train_tokens, micro_starts, T))  # (B, T) each
+            x, y = (machine.send(t, device) for t in data.windows(train_tokens, micro_starts, T))  # (B, T) each
             more_to_come = world_size > 1 and micro_step + 1 < accumulation
             with parallel.no_sync() if more_to_come else contextlib.nullcontext():  # average gradients once a step
                 with autocast:
@@ -303,34 +317,9 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
                     loss = loss / accumulation
                 scaler.scale(loss).backward()
             train_loss = train_loss + loss.detach()
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        finite = bool(grad_norm.isfinite())
-        if not finite and not (scaler.is_enabled() and scaler.get_scale() > 1):  # a scaler tries a smaller scale first
-            kept = storage.steps(out_dir)
-            raise UserError(
-                f"step {step}: non-finite gradient norm ({grad_norm.item()}), so the update was not made; "
-                f"last good checkpoint: {kept[-1] if kept else 'none'}; lower lr or warm up longer",
-                exit_code=1,
-            )
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        training_s += time.perf_counter() - t0
-
+        grad_norm = update_weights(model, optimizer, scaler, config.grad_clip)
+        updates.append((rate, train_loss, grad_norm))
         progress.update()
-        if (step + 1) % config.log_interval == 0:
-            if world_size > 1:
-                dist.all_reduce(train_loss)
-            line = {
-                "step": step + 1, "tokens": tokens + config.tokens_per_step,
-                "train_loss": train_loss.item() / world_size, "lr": rate,
-                "grad_norm": grad_norm.item() if finite else None,
-                "tokens_per_s": round((step + 1 - logged_step) * config.tokens_per_step / training_s),
-            }  # fmt: skip
-            log(line)
-            progress.set_postfix(loss=f"{line['train_loss']:.3f}", tokens_per_s=line["tokens_per_s"])
-            logged_step, training_s = step + 1, 0.0
 
 
 def main():

@@ -303,8 +303,9 @@ def test_the_arithmetic_is_chosen_with_a_reason():
     assert dtype in (torch.bfloat16, torch.float32) and reason
     assert machine.pick_dtype("auto", torch.device("mps"))[0] == torch.float32
     assert machine.pick_dtype("float16", torch.device("cpu"))[0] == torch.float16
-    assert machine.pick_compile("auto", torch.device("cpu"))[0] is False
-    assert machine.pick_compile(True, torch.device("cpu")) == (True, "as asked for")
+    assert machine.pick_compile("auto", torch.device("cpu"), flops=1e13)[0] is False  # it would take longer
+    assert machine.pick_compile("auto", torch.device("mps"), flops=1e20)[0] is False
+    assert machine.pick_compile(True, torch.device("cpu"), flops=0) == (True, "as asked for")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -512,7 +513,7 @@ def test_a_machine_without_git_can_train(data_dir, tmp_path):
 
 
 def test_compiling_is_chosen_for_a_gpu_in_a_process_that_imported_nothing_else():
-    code = "import train, torch; print(train.machine.pick_compile('auto', torch.device('cuda')))"
+    code = "import train, torch; print(train.machine.pick_compile('auto', torch.device('cuda'), 0))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "riton" in done.stdout, done.stderr
 

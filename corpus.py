@@ -214,9 +214,11 @@ def load(config, path: str, name: str | None = None, **options) -> tuple[Rows, s
     try:
         import datasets
         import fsspec
+        import huggingface_hub
     except ImportError:
         raise UserError(f"{path} is read with `datasets`, which is missing: pip install -r requirements.txt") from None
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error is raised too
+    huggingface_hub.logging.set_verbosity_error()  # not a line for each time that it knocks
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
@@ -264,6 +266,7 @@ def from_hub(config, begun: dict | None) -> tuple[Rows, dict]:
     for repository, revision in places:
         # a directory that is laid out like a repository is read by the same code, but has no revisions
         options = {} if os.path.isdir(repository) else {"revision": revision}
+        print(f"looking for {config.source} in {repository} at {revision}")
         try:
             texts, found = load(config, repository, name, **options)
         except NotLoaded as error:

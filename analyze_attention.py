@@ -110,11 +110,11 @@ def analyze(config: AnalyzeConfig) -> dict:
     longest = min(longest_sequence(path) for path in paths)
     T = config.seq_len or min(longest, LONGEST)
     counts = config.sequences >= 1 and config.micro_batch >= 1 and config.lazy_below >= 0
-    if not (2 <= T <= longest and 0 < config.tau <= 1 and counts):
+    if not (2 <= T <= longest and 0 < config.tau <= 0.999 and counts):
         raise UserError(
             f"seq_len {T}, sequences {config.sequences}, micro_batch {config.micro_batch}, tau {config.tau}, "
             f"lazy_below {config.lazy_below}; expected 2 <= seq_len <= block_size {longest}, "
-            "sequences >= 1, micro_batch >= 1, 0 < tau <= 1, lazy_below >= 0"
+            "sequences >= 1, micro_batch >= 1, 0 < tau <= 0.999 (beyond, rounding decides), lazy_below >= 0"
         )
     meta = data.read_meta(config.data_dir)
 

@@ -261,7 +261,9 @@ def report(out_dir: str | Path, animate: bool = False) -> str:
             raise UserError(f"{out_dir}: its attention was not tracked; train with --track_rank")
         return f"{out_dir}/collapse.png"
     if not (out_dir / "recipe.json").is_file():
-        raise UserError(f"{out_dir}/recipe.json: not found; finish the recipe with: python inheritune.py PRESET.toml")
+        raise UserError(
+            f"{out_dir}/recipe.json: not found, nor a run's metrics.jsonl; finish the recipe with inheritune.py"
+        )
     recipe = storage.read_json(out_dir / "recipe.json")
     if "paths" not in recipe["models"][0]:
         raise UserError(

@@ -50,7 +50,9 @@ def tokenizer(name: str) -> tiktoken.Encoding:
 def read_meta(data_dir: str | Path) -> dict:
     """The checked meta.json of a data directory. Raises UserError where the files are not what it says."""
     data_dir = Path(data_dir)
-    prepare = f"prepare it with: python prepare_data.py SOURCE --out={data_dir} (SOURCE may be: python)"
+    prepare = (
+        f"prepare it with: python prepare_data.py SOURCE --out={data_dir} (SOURCE: python, files, openwebtext, ...)"
+    )
     if not data_dir.is_dir():
         raise UserError(f"data directory {data_dir} does not exist; {prepare}")
     try:
@@ -65,6 +67,12 @@ def read_meta(data_dir: str | Path) -> dict:
             split: (meta["splits"][split]["tokens"], meta["splits"][split]["sha256"]) for split in ("train", "val")
         }
         itemsize = np.dtype(meta["dtype"]).itemsize
+        numbers = [
+            meta["eot"],
+            *(meta["splits"][split][key] for split in entries for key in ("tokens", "documents", "max_id")),
+        ]
+        if not all(isinstance(number, int) for number in numbers) or not isinstance(meta["tokenizer"], str):
+            raise TypeError
     except (KeyError, TypeError):
         raise UserError(f"{data_dir}/meta.json is damaged; {prepare}") from None
     for split, (tokens, _) in entries.items():
@@ -78,9 +86,9 @@ def read_meta(data_dir: str | Path) -> dict:
 def verify(data_dir: str | Path) -> dict:
     """read_meta, after the sha256 of each file was compared too: seconds for ten gigabytes. Raises UserError."""
     meta = read_meta(data_dir)
-    for split, entry in meta["splits"].items():
+    for split in ("train", "val"):
         with open(Path(data_dir) / f"{split}.bin", "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+            if hashlib.file_digest(file, "sha256").hexdigest() != meta["splits"][split]["sha256"]:
                 raise UserError(f"{data_dir}/{split}.bin: sha256 mismatch; the file is damaged, prepare it again")
     return meta
 

@@ -261,7 +261,8 @@ def found(out: Path) -> tuple[dict, bool]:
     with contextlib.suppress(UserError):  # what is damaged is made again
         return data.verify(out), True
     with contextlib.suppress(UserError):
-        return storage.read_json(out / "progress.json"), False
+        begun = storage.read_json(out / "progress.json")
+        return (begun, False) if isinstance(begun.get("arguments"), dict) else ({}, False)
     return {}, False
 
 
@@ -272,7 +273,8 @@ def main():
     changed = [key for key in arguments if arguments[key] != begun.get("arguments", {}).get(key)] if begun else []
     if changed:
         raise UserError(
-            f"{out} was prepared with another {', '.join(changed)}; choose another --out, or remove it first"
+            f"{out} was {'prepared' if finished else 'begun'} with another {', '.join(changed)}; choose another --out, "
+            "or remove it first"
         )
     if finished:
         print(f"{out} is up to date")

@@ -199,6 +199,11 @@ def damage(tmp_path, data_dir, change) -> object:
     return copy
 
 
+def set_meta(directory, **changes):
+    meta = json.loads((directory / "meta.json").read_text())
+    (directory / "meta.json").write_text(json.dumps(meta | changes))
+
+
 @pytest.mark.parametrize(
     "change,words",
     [
@@ -214,6 +219,9 @@ def damage(tmp_path, data_dir, change) -> object:
         (lambda d: (d / "meta.json").write_text("[]"), "not of format 1"),
         (lambda d: (d / "meta.json").write_text('{"format": 1, "splits": {}}'), "meta.json is damaged"),
         (lambda d: (d / "meta.json").write_text('{"format": 1, "splits": []}'), "meta.json is damaged"),
+        (lambda d: set_meta(d, eot="256"), "meta.json is damaged"),
+        (lambda d: set_meta(d, tokenizer=None), "meta.json is damaged"),
+        (lambda d: set_meta(d, splits={"train": {"tokens": 1, "sha256": ""}, "val": {}}), "meta.json is damaged"),
         (lambda d: flip(d / "train.bin"), "train.bin: sha256 mismatch"),
         (lambda d: flip(d / "val.bin"), "val.bin: sha256 mismatch"),
     ],

@@ -39,16 +39,16 @@ class AnalyzeConfig:
     """Measure the attention rank of every layer and head of a model on validation text."""
 
     model: tyro.conf.Positional[str]  # a checkpoint, a run directory or a name on the hub
-    compare: str = ""  # another one to put beside it, such as what inherited from it; on the same text
+    compare: str = ""  # another one to put beside it, such as what inherited from it; on the same validation split
     data_dir: str = "data/python"  # made by prepare_data.py, for a GPT-2 with its own tokenizer
     out: str = ""  # directory for the results; the default is MODEL/attention, for a hub name out/attention/MODEL
     seq_len: int = 0  # T; 0: as long as the models read, at most LONGEST
     sequences: int = 16  # validation windows, spread evenly
     tau: float = 0.90  # share of the energy that counts as all
     lazy_below: float = 2.0  # a layer is lazy if its largest head rank is below this, averaged over sequences
-    average_first: bool = False  # measure the mean of all sequences' matrices, as the authors' notebook does
+    average_first: bool = False  # measure the mean of all sequences' matrices, as the authors' notebook; all at once
     control: bool = True  # measure an untrained model of the same shape too
-    micro_batch: int = 4  # sequences at a time; only a matter of memory
+    micro_batch: int = 4  # sequences at a time unless average_first; only a matter of memory
     device: str = "auto"
 
 
@@ -124,15 +124,16 @@ def analyze(config: AnalyzeConfig) -> dict:
         chosen = np.linspace(0, len(starts) - 1, min(config.sequences, len(starts))).astype(int)
         return data.windows(tokens, starts[chosen], T)[0].to(device)  # (S, T)
 
-    values, heads, idx = {}, [], None
+    values, heads, idx, S = {}, [], None, {}
     arms = [("model", paths[0], False), ("untrained", paths[0], True), ("compared", paths[-1], False)]
     wanted = {"model": True, "untrained": config.control, "compared": bool(config.compare)}
     for name, path, untrained in (arm for arm in arms if wanted[arm[0]]):
         model = load_model(path, untrained).to(device)
         idx = idx if untrained else windows(path, model)
+        S[name] = len(idx)
         values[name] = measure(model, idx, config.tau, config.micro_batch, config.average_first)
         if name == "model":
-            heads, S = two_heads(model, idx if config.average_first else idx[:1], values[name]), len(idx)
+            heads = two_heads(model, idx if config.average_first else idx[:1], values[name])
         del model  # before the next one is loaded
     layers = {name: summarize(by_layer, config.lazy_below) for name, by_layer in values.items()}
 
@@ -140,13 +141,14 @@ def analyze(config: AnalyzeConfig) -> dict:
         by_head = {key: [by_layer[key].mean(1).tolist() for by_layer in values[name].values()] for key in MEASURES}
         return {
             "name": Path(given).name, "model": str(path), "sha256": storage.TensorFiles(path).sha256(),
+            "sequences": S[name],  # a short text has fewer windows with another tokenizer
             "layers_before_lazy_tail": layers_before_lazy_tail(layers[name]), "layers": layers[name],
             "heads": by_head,  # (L, H) each
         }  # fmt: skip
 
     result = about("model", config.model, paths[0]) | {
         "data": str(config.data_dir), "data_sha256": meta["splits"]["val"]["sha256"],
-        "T": T, "tau": config.tau, "sequences": S, "sequences_asked": config.sequences,
+        "T": T, "tau": config.tau, "sequences_asked": config.sequences,
         "average_first": config.average_first, "lazy_below": config.lazy_below,
         "untrained": layers.get("untrained"), "examples": [entry for entry, _ in heads],
         "compared": about("compared", config.compare, paths[1]) if config.compare else None,
@@ -185,13 +187,14 @@ def write_csv(values: dict[str, dict[int, dict[str, np.ndarray]]], path: Path):
 
 def print_table(result: dict):
     """A line for each layer; the lazy ones are marked. After it the compared model's, if there is one."""
-    what = "of their mean matrix, so without s.e." if result["average_first"] else "mean ± s.e."
+    what = "of their mean matrix, so without s.e." if result["average_first"] else "mean ± s.e. over sequences"
     for model in filter(None, (result, result.get("compared"))):
-        print(f"{model['model']}: T {result['T']}, tau {result['tau']}, {result['sequences']} sequences; {what}")
+        print(f"{model['model']}: T {result['T']}, tau {result['tau']}, {model['sequences']} sequences; {what}")
         print("layer   largest head rank   mean head rank   largest columns   sink   heads of rank 1")
         for row in model["layers"]:
+            error = f"± {row['max_rank_se']:5.2f}" if model["sequences"] > 1 and not result["average_first"] else ""
             print(
-                f"{row['layer']:5d}   {row['max_rank']:9.2f} ± {row['max_rank_se']:5.2f}   {row['mean_rank']:14.2f}   "
+                f"{row['layer']:5d}   {row['max_rank']:9.2f} {error:7s}   {row['mean_rank']:14.2f}   "
                 f"{row['max_columns']:15.2f}   {row['mean_sink']:4.2f}   {row['rank_one_share']:15.0%}"
                 + ("   lazy" if row["lazy"] else "")
             )

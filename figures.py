@@ -70,7 +70,8 @@ def plot_arms(rows: list[dict], path: Path):
 def conditions(result: dict) -> str:
     """What the numbers of a figure depend on."""
     bands = "of the mean matrix" if result["average_first"] else "bands: ± 1 standard error"
-    return f"T = {result['T']}, τ = {result['tau']}, n = {result['sequences']} sequences; {bands}"
+    n = " and ".join(str(model["sequences"]) for model in (result, result["compared"]) if model)
+    return f"T = {result['T']}, τ = {result['tau']}, n = {n} sequences; {bands}"
 
 
 def plot_layers(axes, lines: list[tuple[str, list[dict]]]):

@@ -20,8 +20,9 @@ import checkpoint
 import configurator
 import data
 import storage
-from analyze_attention import AnalyzeConfig, analyze, print_table
+from analyze_attention import LONGEST, AnalyzeConfig, analyze, print_table
 from arms import Arm, Checker, Claim, settings_of, slug, with_numbers
+from attention import longest_sequence
 from configurator import UserError
 from inherit import identity, inherit, open_sources
 from machine import on_rank_0, process_group, watch_signals
@@ -173,6 +174,9 @@ def measure_attention(config: RecipeConfig, model: Path) -> dict:
             "sha256": storage.TensorFiles(model).sha256(),
             "data_sha256": data.read_meta(config.data_dir)["splits"]["val"]["sha256"],
             "sequences_asked": config.sequences,
+            "T": min(longest_sequence(model), LONGEST),
+            "tau": AnalyzeConfig.tau,
+            "average_first": False,
         }
         if all(found.get(key) == value for key, value in same.items()):
             return found

@@ -2,6 +2,7 @@
 
     python train.py config/demo.toml --out_dir=out/t128
     python train.py config/demo.toml --out_dir=out/t256 --block_size=256 --n_layer=4 --n_embd=64 --micro_batch=16
+    python train.py config/demo.toml --out_dir=out/t1024 --block_size=1024 --n_layer=4 --n_embd=64 --micro_batch=4
     python tests/attention_speed.py exact out/t128 out/t256 --data_dir=data/demo --matrices=1000
     python tests/attention_speed.py speed out/t128 --data_dir=data/demo --repeats=5
 

@@ -148,7 +148,21 @@ def test_another_family_reads_the_same_text_in_its_own_tokens(llama, data_dir, d
         assert row["max_rank"] == ranks.max(1).mean() and row["mean_rank"] == pytest.approx(ranks.mean())
 
 
+def test_each_of_two_models_says_over_how_many_sequences(llama, data_dir, tmp_path, capsys):
+    ours = train.train(train.TrainConfig(data_dir=str(data_dir), out_dir=str(tmp_path / "run"), **TINY))
+    arguments = [ours, f"--compare={llama}", f"--data_dir={data_dir}", f"--out={tmp_path / 'a'}", "--control=False"]
+    assert call_script(analyze_attention, *arguments, "--sequences=100000", "--device=cpu") == 0
+    result, printed = json.loads((tmp_path / "a" / "attention.json").read_text()), capsys.readouterr().out
+    n = result["sequences"], result["compared"]["sequences"]
+    model, path, T = attention.load_model(llama), llama, result["T"]
+    windows = (len(attention.validation_tokens(path, model, data_dir, T)) - 1) // T
+    assert n[1] == windows != n[0] and all(f", {each} sequences" in printed for each in n)
+
+
 def test_what_is_wrong_with_a_model_of_another_family_is_one_line(llama, data_dir, tmp_path, capsys):
+    import tokenizers
+    import transformers
+
     def error(folder: str) -> str:
         assert call_script(analyze_attention, tmp_path / folder, f"--data_dir={data_dir}") == 2
         return capsys.readouterr().err
@@ -157,6 +171,12 @@ def test_what_is_wrong_with_a_model_of_another_family_is_one_line(llama, data_di
     for file in (tmp_path / "speechless").glob("*token*"):
         file.unlink()
     assert "no tokenizer to be read there" in error("speechless")
+
+    shutil.copytree(llama, tmp_path / "illiterate")  # every word is unknown to it
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "<end>": 1}, unk_token="<unk>"))
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>")
+    wrapped.save_pretrained(tmp_path / "illiterate")
+    assert "its tokenizer (vocabulary 2) loses the text" in error("illiterate")
 
     shutil.copytree(llama, tmp_path / "incomplete")
     path = tmp_path / "incomplete" / "model.safetensors"

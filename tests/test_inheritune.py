@@ -246,6 +246,16 @@ def test_another_target_is_analyzed_and_not_the_old_analysis_shown(finished, tmp
     assert reference["sequences"] == 2  # measured again with the new setting
 
 
+def test_an_analysis_with_other_settings_is_made_again(finished, tmp_path):
+    out_dir = shutil.copytree(finished[0], tmp_path / "out")
+    table = out_dir / "reference" / "attention" / "attention.json"
+    found = json.loads(table.read_text())
+    for key, other in {"tau": 0.5, "T": 7, "average_first": True}.items():
+        table.write_text(json.dumps(found | {key: other}))
+        assert call_script(inheritune, *finished[1], f"--out_dir={out_dir}") == 0
+        assert json.loads(table.read_text()) == found
+
+
 def test_what_another_reference_left_is_never_taken_for_this_one_s(finished, tmp_path, capsys):
     out_dir = shutil.copytree(finished[0], tmp_path / "out")
     shutil.rmtree(out_dir / "reference")

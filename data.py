@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
-import torch
 
 from configurator import UserError, run
 
@@ -162,8 +161,10 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(error)
 
 
-def windows(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def windows(tokens: np.ndarray, starts: np.ndarray, block_size: int):
     """Inputs and targets (the inputs one later) of the windows at `starts`: two int64 tensors (B, T)."""
+    import torch  # not above: prepare_data.py does without it and starts in half the time
+
     window = torch.from_numpy(tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))  # (B, T + 1)
     return window[:, :-1], window[:, 1:]
 

@@ -7,8 +7,9 @@
     python prepare_data.py fineweb-edu --config-name=sample-100BT --max-tokens=20_000_000_000
 
 Documents are put in a fixed random order and the first ones become the validation split, exactly as nanoGPT
-splits OpenWebText: the same documents for any --max_tokens. Each document is encoded as plain text (it cannot
-forge a special token) and followed by one end-of-text. The bytes written do not depend on the number of workers.
+splits OpenWebText: the same documents for any --max_tokens, but not for another --config_name. Each document is
+encoded as plain text (it cannot forge a special token) and followed by one end-of-text. The bytes written do not
+depend on the number of workers.
 
 Stopped in any way, a preparation goes on where it was with the same command: progress.json tells how far the token
 files are whole. Memory does not grow with the corpus, but for 12 bytes for each document at most.
@@ -87,13 +88,11 @@ def split(n_documents: int, val_fraction: float, seed: int) -> dict[str, np.ndar
 def encode(texts: Sequence, encoding: tiktoken.Encoding, dtype: str, indices) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of some documents, an end-of-text after each; and the number of ids of each, 0 for one without text.
 
-    Raises UserError for what is not text, OverflowError for an id that the dtype cannot hold.
+    Raises OverflowError for an id that the dtype cannot hold.
     """
     eot, ids, lengths = np.array([encoding.eot_token], np.uint32), [], []
     for i in indices:
         text = texts[i]
-        if not isinstance(text, str | None):
-            raise UserError(f"document {i}: found {type(text).__name__}, expected text; choose another --text_column")
         if not text:
             lengths.append(0)
             continue
@@ -244,6 +243,8 @@ def checked(config: PrepareConfig) -> PrepareConfig:
         raise UserError(f"{config.source}: found a path {config.paths[0]}, expected none; paths are for: files")
     if (config.repository or config.revision or config.config_name) and not hub:
         raise UserError(f"{config.source}: --repository, --revision, --config_name are for: {', '.join(corpus.HUB)}")
+    if config.revision and os.path.isdir(config.repository or ""):
+        raise UserError(f"--revision={config.revision}: {config.repository} is a directory and has none; leave it out")
     return config
 
 
@@ -285,7 +286,9 @@ def main():
     texts, origin = corpus.documents(config, begun.get("origin"))
     indices = split(len(texts), config.val_fraction, config.seed)
     counts = ", ".join(f"{name} {len(indices[name])}" for name in ("train", "val"))
-    more = "add documents, raise --val_fraction, or cut a .txt file with --sample_by=paragraph"
+    more = "add documents or lower --val_fraction"
+    if any(path.endswith(".txt") for path in config.paths) and config.sample_by == "document":
+        more += ", or cut the files into more of them with --sample_by=paragraph"
     if not all(map(len, indices.values())):
         raise UserError(f"{config.source}: documents: {counts}; expected at least 1 each; {more}")
     progress = {"arguments": arguments, "origin": origin, "documents": len(texts), "dtype": dtype, "splits": {}}

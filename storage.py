@@ -21,15 +21,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from configurator import UserError
 
 FORMAT = 1
 SAFETENSORS_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
+    "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8",
+    "torch.bool": "BOOL",
 }  # fmt: skip
 
 
@@ -83,18 +83,20 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def write_tensors(path: Path, names: Iterable[str], read: Callable[[str], torch.Tensor]) -> dict[str, int]:
+def write_tensors(path: Path, names: Iterable[str], read: Callable) -> dict[str, int]:
     """Write a safetensors file holding one tensor in memory at a time; the library's own writer holds them all.
 
     Format: 8 bytes length of the header, the header (JSON: dtype, shape and place of each tensor), the bytes.
-    Returns how many numbers each tensor has.
+    read(name) is a tensor. Returns how many numbers each has.
     """
+    import torch  # not above: see data.windows
+
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name in sorted(names):  # one order, so equal tensors make equal files
         tensor = read(name)
         begin, end = end, end + tensor.nbytes
         header[name] = {
-            "dtype": SAFETENSORS_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end],
+            "dtype": SAFETENSORS_NAMES[str(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [begin, end],
         }  # fmt: skip
     sizes = {name: math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
     text = json.dumps(header).encode()

@@ -10,6 +10,7 @@ from conftest import call_script, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import corpus
 import data
 import prepare_data
 from configurator import UserError
@@ -111,7 +112,8 @@ def test_the_embedded_corpus_needs_nothing_but_python(tmp_path):
     "arguments,words",
     [
         (["files"], "no path"),
-        (["files", "nowhere.txt"], "no such file"),
+        (["files", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["files", "config"], "config: a directory, expected its files, such as config/*.txt"),
         (["files", "README.md"], ".md"),
         (["files", "CORPUS", "--text_column=body"], "no column 'body'"),
         (["files", "CORPUS", "--tokenizer=gpt7"], "unknown tokenizer 'gpt7'"),
@@ -132,7 +134,8 @@ def test_one_document_cannot_be_split_and_the_remedy_is_named(tmp_path, capsys):
     (tmp_path / "one.txt").write_text("first\n\nsecond\n\nthird\n")
     arguments = ["files", tmp_path / "one.txt", f"--out={tmp_path / 'out'}"]
     assert call_script(prepare_data, *arguments) == 2
-    assert "train 0, val 1" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "train 0, val 1" in error and "or cut the files into more of them with --sample_by=paragraph" in error
     assert call_script(prepare_data, *arguments, "--sample_by=paragraph") == 0
     assert data.read_meta(tmp_path / "out")["splits"]["train"]["documents"] == 2
 
@@ -159,8 +162,11 @@ def test_odd_documents_are_taken_as_they_are_and_empty_ones_are_skipped():
     expected = [b"a\0b", "\ufffd alone".encode(), b"<|endoftext|>", b"x" * 1_000_000]
     assert ids.tolist() == [token for text in expected for token in [*text, 256]]
     assert lengths.tolist() == [0, 0, *(len(text) + 1 for text in expected)]
-    with pytest.raises(UserError, match="document 0: found list, expected text"):
-        prepare_data.encode([["no text"]], data.tokenizer("bytes"), "<u2", [0])
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffone\n\ufefftwo\n".encode())  # the second is text: a zero-width space
+    assert list(corpus.TextFiles([tmp_path / "a.txt"], "line")) == ["one", "\ufefftwo"]
 
 
 def test_an_edited_corpus_is_not_up_to_date(tmp_path, capsys):

@@ -425,13 +425,18 @@ def test_a_vocabulary_beyond_16_bits_is_written_in_32(tmp_path, monkeypatch):
             b'{"text": "a"}\n{"body": "b"}\n',
             "a.jsonl, line 2: no column 'text'; found body; set --text_column",
         ),
-        ("a.jsonl", b'{"text": "a"}\n{"text": 7}\n', "document 1: found int, expected text"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": 7}\n',
+            "a.jsonl, line 2: found int, expected text in 'text'",
+        ),
         ("a.jsonl", b'{"text": ""}\n{"text": null}\n\n', "documents with text: train 0, val 0"),
         ("a.txt", b"", "documents: train 0, val 1"),
-        ("a.parquet", b"nonsense", "files: not readable as parquet: Parquet magic bytes not found"),
-        ("a.parquet", b"CUT", "files: not readable as parquet"),
+        ("a.parquet", b"nonsense", "a.parquet: not readable as parquet: Parquet magic bytes not found"),
+        ("a.parquet", b"CUT", "a.parquet: not readable as parquet"),
         ("a.parquet", b"NO ROWS", "parquet: found no rows in a split train"),
         ("a.parquet", b"NO COLUMN", "no column 'text'; found body"),
+        ("a.parquet", b"NO TEXT", "column 'text' holds int64, expected text; choose another --text_column"),
     ],
 )
 def test_a_corpus_that_is_wrong_is_one_line_and_leaves_nothing_that_looks_finished(
@@ -440,7 +445,12 @@ def test_a_corpus_that_is_wrong_is_one_line_and_leaves_nothing_that_looks_finish
     import datasets
 
     if content.isupper():
-        table = {"NO ROWS": {"text": []}, "NO COLUMN": {"body": ["a", "b"]}, "CUT": {"text": ["a" * 999, "b"]}}
+        table = {
+            "NO ROWS": {"text": []},
+            "NO COLUMN": {"body": ["a", "b"]},
+            "NO TEXT": {"text": [1, 2]},
+            "CUT": {"text": ["a" * 999, "b"]},
+        }
         datasets.Dataset.from_dict(table[content.decode()]).to_parquet(tmp_path / name)
         capfd.readouterr()
         if content == b"CUT":
@@ -478,6 +488,7 @@ def test_options_of_another_source_are_refused(tmp_path, capsys):
         (["python", "a.txt"], "paths are for: files"),
         (["files", "a.txt", "--revision=main"], "are for: openwebtext, fineweb-edu"),
         (["python", "--max_tokens=0"], "max_tokens 0; expected"),
+        (["fineweb-edu", f"--repository={tmp_path}", "--revision=v1"], "is a directory and has none; leave it out"),
     ):
         assert prepare(*arguments, f"--out={tmp_path / 'out'}") == 2 and words in capsys.readouterr().err
 

@@ -66,18 +66,17 @@ class BenchConfig(TrainConfig):
 class Contender:
     """A model in training, and the seconds of each part of a step in each of its turns: turns[i][part].
 
-    loss_of(x, y, last_micro_step) is its loss, a mean; update() ends a step; attention is for machine.pick_attention.
+    loss_of(x, y, last_micro_step) is its loss, a mean; update() ends a step.
     """
 
-    def __init__(self, name: str, model, loss_of, optimizer, update, autocast, scaler, attention):
-        self.name, self.model, self.loss_of, self.attention = name, model, loss_of, attention
+    def __init__(self, name: str, model, loss_of, optimizer, update, autocast, scaler):
+        self.name, self.model, self.loss_of = name, model, loss_of
         self.optimizer, self.update, self.autocast, self.scaler = optimizer, update, autocast, scaler
         self.turns = []
 
     def take_turn(self, numbers, config: TrainConfig, tokens: np.ndarray, T: int, device: torch.device):
         """Make the updates of these numbers, each as train.py does it, with a mark after each part."""
         rank, processes = machine.rank_and_world_size()
-        machine.pick_attention(*self.attention, T)
         marks = [("", machine.mark(device))]
         for number in numbers:
             for group in self.optimizer.param_groups:
@@ -111,6 +110,7 @@ def ours(config: TrainConfig, shape: GPTConfig, dtype: torch.dtype, device, comp
     torch.manual_seed(config.seed)
     model = GPT(shape).to(torch.float64 if dtype == torch.float64 else torch.float32).to(device)
     model.gradient_checkpointing = config.gradient_checkpointing
+    machine.pick_attention(model, compiled, device, dtype)
     if compiled:
         model.compile(dynamic=False)
     mixed = dtype in (torch.bfloat16, torch.float16)
@@ -129,7 +129,7 @@ def ours(config: TrainConfig, shape: GPTConfig, dtype: torch.dtype, device, comp
         update_weights(model, optimizer, scaler, config.grad_clip)
 
     name = f"ours, {'compiled' if compiled else 'eager'}{'' if talks else ', silent'}"
-    return Contender(name, model, loss_of, optimizer, update, autocast, scaler, (compiled, device, dtype))
+    return Contender(name, model, loss_of, optimizer, update, autocast, scaler)
 
 
 def peer_module(directory: str):
@@ -183,8 +183,7 @@ def peer(directory: str, config: TrainConfig, shape: GPTConfig, device: torch.de
     def loss_of(x, y, _):
         return trained(x.contiguous(), y.contiguous())[1]
 
-    untouched = (False, device, torch.float32)  # torch's own choice of attention
-    return Contender(name, model, loss_of, optimizer, update, autocast, scaler, untouched)
+    return Contender(name, model, loss_of, optimizer, update, autocast, scaler)
 
 
 def training(config: BenchConfig, say):

@@ -69,6 +69,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
+        self.fused = True  # False: the matrices are made, which can be faster (machine.py:pick_attention)
         self.scale = (config.n_embd // config.n_head) ** -0.5
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer_idx + 1
@@ -81,16 +82,23 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x):
         q, k, v = self.heads(x)
         dropout_p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=self.scale)
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=self.scale)
+        else:
+            y = F.dropout(self.attention_weights(q, k), dropout_p) @ v  # (B, nh, T, T) x (B, nh, T, hs)
         y = y.transpose(1, 2).flatten(2)  # (B, nh, T, hs) -> (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
-    def matrix(self, x):
-        """The attention matrices that `forward` applies but never holds: (B, nh, T, T), each row sums to 1."""
-        q, k, _ = self.heads(x)
+    def attention_weights(self, q, k):
+        """How much each position attends to each: (B, nh, T, T), each row sums to 1."""
         logits = self.scale * (q @ k.mT)  # (B, nh, T, T)
-        future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
-        return logits.masked_fill(future, -math.inf).softmax(-1)
+        future = torch.full(logits.shape[-2:], -math.inf, dtype=logits.dtype, device=q.device).triu(1)
+        return (logits + future).softmax(-1)  # a sum compiles to faster code than masked_fill
+
+    def matrix(self, x):
+        """The attention matrices (B, nh, T, T) that `forward` applies to x (B, T, C) and, if fused, never holds."""
+        q, k, _ = self.heads(x)
+        return self.attention_weights(q, k)
 
 
 class MLP(nn.Module):

@@ -174,11 +174,11 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
     torch.compiler.reset()  # an earlier model of a recipe must not use up the limit of recompilations
     for network in filter(None, (model, teacher)):
         network.to(device)
+        machine.pick_attention(network, compiled, device, dtype)
         if compiled:
             network.compile(dynamic=False)  # in place: the parameters keep their names
     model.gradient_checkpointing = config.gradient_checkpointing
     T = model.config.block_size
-    machine.pick_attention(compiled, device, dtype, T)
     val_tokens = data.open_tokens(config.data_dir, "val", T, model.config.vocab_size)
     if config.eval_only:
         losses = evaluate(model, val_tokens, config.micro_batch, device, autocast)

@@ -42,6 +42,9 @@ def test_logits_loss_and_gradients_equal_transformers_when_it_reads_our_checkpoi
     checkpoint.save(tmp_path / "ours", ours, "bytes", 0)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float64)
     assert max(differences(ours, theirs).values()) < 1e-10
+    for block in ours.transformer.h:
+        block.attn.fused = False
+    assert max(differences(ours, theirs).values()) < 1e-10
 
 
 @pytest.mark.parametrize("scale", [False, True])
@@ -92,6 +95,22 @@ def test_attention_matrices_are_those_that_the_fused_attention_applies(scale):
         assert (matrix.sum(-1) - 1).abs().max() < 1e-12 and (matrix.triu(1) == 0).all()
         explicit = attn.c_proj((matrix @ attn.heads(x)[2]).transpose(1, 2).flatten(2))
         assert (explicit - out).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_dropout_in_attention_leaves_out_links_and_keeps_the_mean(fused):
+    attn = random_model(dropout=0.25).transformer.h[0].attn
+    attn.fused, attn.resid_dropout.p, attn.c_proj = fused, 0.0, torch.nn.Identity()
+    x = torch.randn(1, 16, 32, dtype=torch.float64)
+    kept = attn.eval()(x)
+    assert torch.equal(attn(x), kept)
+    attn.train()
+    torch.manual_seed(0)
+    dropped = torch.stack([attn(x) for _ in range(4000)])
+    first = dropped[:, 0, 0]  # position 0 sees only itself: each head is there, 4/3 as large, or not
+    assert torch.allclose(first[first != 0].abs().unique().max(), kept[0, 0].abs().max() * 4 / 3)
+    assert (first == 0).double().mean() == pytest.approx(0.25, abs=0.03)
+    assert (dropped.mean(0) - kept).abs().max() < 0.1 * kept.abs().max()
 
 
 def test_parameter_names_are_those_of_transformers():

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ import checkpoint
 import storage
 import train
 from configurator import UserError
+from model import GPT, GPTConfig
 
 
 def run(data_dir, out_dir, **changes):
@@ -306,6 +308,38 @@ def test_the_arithmetic_is_chosen_with_a_reason():
     assert machine.pick_compile("auto", torch.device("cpu"), flops=1e13)[0] is False  # it would take longer
     assert machine.pick_compile("auto", torch.device("mps"), flops=1e20)[0] is False
     assert machine.pick_compile(True, torch.device("cpu"), flops=0) == (True, "as asked for")
+
+
+def test_attention_is_written_out_only_where_that_was_faster_and_fits():
+    import machine
+
+    cpu, gpu, half = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
+    for compiled, device, dtype, block_size, fused in (
+        (True, cpu, half, 512, False), (False, cpu, half, 512, True), (True, gpu, half, 512, True),
+        (True, cpu, torch.float32, 512, True), (True, cpu, half, 1024, True),
+    ):  # fmt: skip
+        model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=block_size, vocab_size=5))
+        machine.pick_attention(model, compiled, device, dtype)
+        assert [block.attn.fused for block in model.transformer.h] == [fused] * 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_freed_memory_is_kept_for_the_next_step():
+    code = """
+import resource, torch, machine
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.zeros(2**23)  # 32 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+without = faults()
+machine.pick_device("cpu")
+faults()
+print(without, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    without, kept = map(int, done.stdout.split())
+    assert kept < without / 10  # 80,000 and none; fewer where the system hands out huge pages
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

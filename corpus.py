@@ -187,11 +187,11 @@ class Rows(Sequence):
         return text
 
 
-def is_parquet(path: str) -> bool | None:
+def has_parquet_footer(path: str) -> bool | None:
     """Whether a file ends as a parquet file does."""
     import pyarrow.parquet
 
-    with contextlib.suppress(OSError, ValueError):  # pyarrow's own errors are among these
+    with contextlib.suppress(OSError, pyarrow.ArrowException):
         return bool(pyarrow.parquet.read_metadata(path))
 
 
@@ -264,7 +264,7 @@ def load(config, path: str, name: str | None = None, **options) -> tuple[Rows, s
     if config.text_column not in table.column_names:
         raise UserError(f"no column {config.text_column!r}; found {', '.join(table.column_names)}; set --text_column")
     kind = str(table.features.arrow_schema.field(config.text_column).type)
-    if kind not in ("string", "large_string", "null"):
+    if kind not in ("string", "large_string", "string_view", "null"):
         raise UserError(f"column {config.text_column!r} holds {kind}, expected text; choose another --text_column")
     return Rows([file["filename"] for file in table.cache_files], config.text_column), revision
 
@@ -344,5 +344,7 @@ def documents(config, begun: dict | None) -> tuple[Sequence, dict]:
     try:
         return load(config, "parquet", data_files=[glob.escape(path) for path in config.paths])[0], origin
     except NotLoaded as error:
-        broken = next((path for path in config.paths if not is_parquet(path)), "files")  # `datasets` names none
-        raise UserError(f"{broken}: not readable as parquet: {error}; replace it", error.exit_code) from None
+        if error.exit_code == 1:
+            raise UserError(f"files: {error}; free some disk, or set HF_HOME to a larger one", exit_code=1) from None
+        broken = next((path for path in config.paths if not has_parquet_footer(path)), "one of the files")
+        raise UserError(f"{broken}: not readable as parquet: {error}; replace it") from None  # `datasets` names none

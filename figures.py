@@ -67,10 +67,9 @@ def plot_arms(rows: list[dict], path: Path):
     plt.close(figure)
 
 
-def conditions(result: dict) -> str:
-    """What the numbers of a figure depend on."""
+def conditions(result: dict, n: int | str) -> str:
+    """What the numbers of a figure depend on; n is over how many sequences they are means."""
     bands = "of the mean matrix" if result["average_first"] else "bands: ± 1 standard error"
-    n = " and ".join(str(model["sequences"]) for model in (result, result["compared"]) if model)
     return f"T = {result['T']}, τ = {result['tau']}, n = {n} sequences; {bands}"
 
 
@@ -104,7 +103,7 @@ def plot_attention(result: dict, path: Path):
         axis.set(xlabel="layer", ylabel="head", title=f"{model['name']}: mean rank of each head")
         axis.yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=axes[2:], label="rank k*")
-    figure.suptitle(conditions(result))
+    figure.suptitle(conditions(result, " and ".join(str(model["sequences"]) for model in models)))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -138,7 +137,7 @@ def plot_ranks(attention: dict[str, dict], path: Path):
     lines = [("reference", reference["layers"]), ("inherited target", attention["target"]["layers"])]
     plt, figure, axes = new_figure(2, size=(10, 4))
     plot_layers(axes, [*lines, ("untrained", reference["untrained"])])
-    figure.suptitle(conditions(reference))
+    figure.suptitle(conditions(reference, reference["sequences"]))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

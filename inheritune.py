@@ -177,8 +177,9 @@ def measure_attention(config: RecipeConfig, model: Path) -> dict:
             "T": min(longest_sequence(model), LONGEST),
             "tau": AnalyzeConfig.tau,
             "average_first": False,
+            "lazy_below": AnalyzeConfig.lazy_below,
         }
-        if all(found.get(key) == value for key, value in same.items()):
+        if found.get("untrained") and all(found.get(key) == value for key, value in same.items()):
             return found
     result = analyze(AnalyzeConfig(str(model), out=str(out), **settings))
     print_table(result)

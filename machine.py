@@ -28,7 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
 
-COMPILE_PAYS_FROM = 1e14  # FLOPs on a CPU: docs/performance.md has the measurement
+COMPILE_PAYS_FROM = (
+    1e14  # FLOPs on a CPU: 2e13 to 7e13 were measured (docs/performance.md), and evaluation compiles too
+)
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -50,8 +52,6 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"device {name!r} is not here: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if device.type == "cpu":
-        keep_freed_memory()
     return device
 
 
@@ -91,7 +91,7 @@ def pick_compile(choice: bool | str, device: torch.device, flops: float) -> tupl
     if device.type != "cpu":
         return False, f"not tried on {device.type} yet"
     if flops < COMPILE_PAYS_FROM:
-        return False, "on a CPU it takes a minute, too long for a short run"
+        return False, "on a CPU it takes half a minute or more, too long for a short run"
     try:  # it needs a C++ compiler and Python's headers
         torch.compile(torch.sin)(torch.zeros(2))
     except Exception as error:  # whatever is missing, the run goes on without
@@ -103,7 +103,7 @@ def pick_attention(model: torch.nn.Module, compiled: bool, device: torch.device,
     """Choose what computes the attention of a GPT: torch's fused kernel, or matrix products.
 
     On a CPU in bfloat16, compiled matrix products take about half the time of the fused kernel and its slow backward
-    pass, but keep B x heads x T x T numbers a layer: from some length on that is too much.
+    pass, but keep B x heads x T x T numbers a layer (from some length on too much) and round them to bfloat16.
     """
     products = compiled and device.type == "cpu" and dtype == torch.bfloat16 and model.config.block_size <= 512
     for block in model.transformer.h:
@@ -113,13 +113,14 @@ def pick_attention(model: torch.nn.Module, compiled: bool, device: torch.device,
 def keep_freed_memory():
     """Let glibc keep what is freed for the next step, which needs as much again; other systems are left as they are.
 
-    It gives blocks of some MB back to the system, and getting them anew, page by page, took a tenth to a third of a
-    step. The price: a process never shrinks. The numbers are those of malloc.h.
+    It gives large blocks back to the system, and getting them anew, page by page, took a tenth to a third of a step on
+    a CPU. The price: this process hardly shrinks any more. The numbers are those of malloc.h.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no such function here
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: only larger blocks are asked of the system one by one
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory up to this is kept
+        # M_MMAP_THRESHOLD: only larger blocks are asked of the system one by one. Before glibc 2.35, 2**25 at most.
+        if mallopt(-3, 2**30) or mallopt(-3, 2**25):
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory up to this is kept
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -81,11 +81,11 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.heads(x)
-        dropout_p = self.dropout if self.training else 0.0
+        dropout_p = self.dropout if self.training else 0.0  # neither function below asks
         if self.fused:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=self.scale)
         else:
-            y = F.dropout(self.attention_weights(q, k), dropout_p) @ v  # (B, nh, T, T) x (B, nh, T, hs)
+            y = F.dropout(self.attention_weights(q, k), dropout_p) @ v  # (B, nh, T, T) @ (B, nh, T, hs)
         y = y.transpose(1, 2).flatten(2)  # (B, nh, T, hs) -> (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -178,7 +178,7 @@ class GPT(nn.Module):
     def attention_matrices(self, idx):
         """Yield the attention matrices (B, nh, T, T) of layer 0, 1, ..., computed one layer at a time.
 
-        An explicit softmax beside the fused one: tests/test_model.py shows that they agree.
+        As attention that is not fused computes them: tests/test_model.py shows that the fused kernel agrees.
         """
         x = self.embed(idx)
         for block in self.transformer.h:

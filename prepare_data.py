@@ -324,6 +324,7 @@ def main():
         if not all(entry["tokens"] for entry in splits.values()):
             (out / "progress.json").unlink()
             counts = ", ".join(f"{name} {entry['documents']}" for name, entry in splits.items())
+            more = more if splits["val"]["tokens"] else more.replace("lower", "raise")
             more = f"raise --max_tokens, {more}" if config.max_tokens else more
             raise UserError(f"{config.source}: documents with text: {counts}; expected at least 1 each; {more}")
         meta = {

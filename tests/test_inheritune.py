@@ -250,7 +250,9 @@ def test_an_analysis_with_other_settings_is_made_again(finished, tmp_path):
     out_dir = shutil.copytree(finished[0], tmp_path / "out")
     table = out_dir / "reference" / "attention" / "attention.json"
     found = json.loads(table.read_text())
-    for key, other in {"tau": 0.5, "T": 7, "average_first": True}.items():
+    for key, other in {
+        "tau": 0.5, "T": 7, "average_first": True, "lazy_below": 3.0, "untrained": None,
+    }.items():  # fmt: skip
         table.write_text(json.dumps(found | {key: other}))
         assert call_script(inheritune, *finished[1], f"--out_dir={out_dir}") == 0
         assert json.loads(table.read_text())[key] == found[key]

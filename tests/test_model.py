@@ -97,6 +97,21 @@ def test_attention_matrices_are_those_that_the_fused_attention_applies(scale):
         assert (explicit - out).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_attention_that_is_not_fused_agrees_in_bfloat16_too(gradient_checkpointing):
+    gradients = []
+    for fused in (True, False):
+        model = random_model().float()
+        model.gradient_checkpointing = gradient_checkpointing
+        for block in model.transformer.h:
+            block.attn.fused = fused
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(tokens()[:, :-1], tokens()[:, 1:])
+        loss.backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_dropout_in_attention_leaves_out_links_and_keeps_the_mean(fused):
     attn = random_model(dropout=0.25).transformer.h[0].attn

@@ -431,6 +431,11 @@ def test_a_vocabulary_beyond_16_bits_is_written_in_32(tmp_path, monkeypatch):
             "a.jsonl, line 2: found int, expected text in 'text'",
         ),
         ("a.jsonl", b'{"text": ""}\n{"text": null}\n\n', "documents with text: train 0, val 0"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "b"}\n{"text": null}\n',
+            "val 0; expected at least 1 each; add documents or raise",
+        ),
         ("a.txt", b"", "documents: train 0, val 1"),
         ("a.parquet", b"nonsense", "a.parquet: not readable as parquet: Parquet magic bytes not found"),
         ("a.parquet", b"CUT", "a.parquet: not readable as parquet"),

@@ -330,10 +330,10 @@ import resource, torch, machine
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
-        torch.zeros(2**23)  # 32 MB
+        torch.zeros(2**22)  # 16 MB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 without = faults()
-machine.pick_device("cpu")
+machine.keep_freed_memory()
 faults()
 print(without, faults())
 """

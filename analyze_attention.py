@@ -187,8 +187,9 @@ def write_csv(values: dict[str, dict[int, dict[str, np.ndarray]]], path: Path):
 
 def print_table(result: dict):
     """A line for each layer; the lazy ones are marked. After it the compared model's, if there is one."""
-    what = "of their mean matrix, so without s.e." if result["average_first"] else "mean ± s.e. over sequences"
     for model in filter(None, (result, result.get("compared"))):
+        what = "mean ± s.e. over sequences" if model["sequences"] > 1 else "without s.e."
+        what = "of their mean matrix, so without s.e." if result["average_first"] else what
         print(f"{model['model']}: T {result['T']}, tau {result['tau']}, {model['sequences']} sequences; {what}")
         print("layer   largest head rank   mean head rank   largest columns   sink   heads of rank 1")
         for row in model["layers"]:

@@ -12,7 +12,9 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
+import signal
 import sys
 import tomllib
 import typing
@@ -37,11 +39,15 @@ def run(main):
     """Call main(); end a UserError as one line on stderr and its exit code, never as a traceback."""
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         print(error if error.exit_code > 128 else f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # nobody reads what is printed any more, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be printed at the end
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def check_key(key: str, known, where: str):

@@ -103,7 +103,7 @@ def plot_attention(result: dict, path: Path):
         axis.set(xlabel="layer", ylabel="head", title=f"{model['name']}: mean rank of each head")
         axis.yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=axes[2:], label="rank k*")
-    figure.suptitle(conditions(result, " and ".join(str(model["sequences"]) for model in models)))
+    figure.suptitle(conditions(result, " and ".join(dict.fromkeys(str(model["sequences"]) for model in models))))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -1,10 +1,13 @@
 """configurator.py: defaults < preset < options, each typed."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
 import tyro
+from conftest import ROOT
 
 import configurator
 from configurator import UserError
@@ -103,3 +106,11 @@ def test_a_user_error_ends_as_one_line_with_its_exit_code(capsys, code):
 def test_a_mistake_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         configurator.run(lambda: 1 / 0)
+
+
+def test_a_reader_that_leaves_early_ends_a_script_without_a_word():
+    code = "import configurator; configurator.run(lambda: print('line ' * 100_000))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.read(4) == b"line"
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141

@@ -188,12 +188,12 @@ def write_csv(values: dict[str, dict[int, dict[str, np.ndarray]]], path: Path):
 def print_table(result: dict):
     """A line for each layer; the lazy ones are marked. After it the compared model's, if there is one."""
     for model in filter(None, (result, result.get("compared"))):
-        what = "mean ± s.e. over sequences" if model["sequences"] > 1 else "without s.e."
-        what = "of their mean matrix, so without s.e." if result["average_first"] else what
+        has_error = model["sequences"] > 1 and not result["average_first"]
+        what = "mean ± s.e. over sequences" if has_error else "of one matrix a head, so without s.e."
         print(f"{model['model']}: T {result['T']}, tau {result['tau']}, {model['sequences']} sequences; {what}")
         print("layer   largest head rank   mean head rank   largest columns   sink   heads of rank 1")
         for row in model["layers"]:
-            error = f"± {row['max_rank_se']:5.2f}" if model["sequences"] > 1 and not result["average_first"] else ""
+            error = f"± {row['max_rank_se']:5.2f}" if has_error else ""
             print(
                 f"{row['layer']:5d}   {row['max_rank']:9.2f} {error:7s}   {row['mean_rank']:14.2f}   "
                 f"{row['max_columns']:15.2f}   {row['mean_sink']:4.2f}   {row['rank_one_share']:15.0%}"

@@ -190,8 +190,7 @@ def training(config: BenchConfig, say):
     """Train ours and the peers in turn; print what came out."""
     device = machine.pick_device(config.device)
     dtype, reason = machine.pick_dtype(config.dtype, device)
-    if device.type == "cpu":
-        machine.keep_freed_memory()
+    machine.keep_freed_memory(device)
     asked = {f.name: value for f in fields(GPTConfig) if (value := getattr(config, f.name)) is not None}
     try:
         shape = GPTConfig(**asked)
@@ -286,8 +285,7 @@ def writing(config: BenchConfig, say):
     """Let reference and target write in turn, one sequence each; print tokens a second and their ratio."""
     device = machine.pick_device(config.device)
     dtype, reason = machine.pick_dtype(config.dtype, device)
-    if device.type == "cpu":
-        machine.keep_freed_memory()
+    machine.keep_freed_memory(device)
     paths = [storage.resolve(name) for name in (config.reference, config.target)]
     shapes = [checkpoint.read_config(path) for path in paths]
     T = min(shape.block_size for shape in shapes)

@@ -181,7 +181,7 @@ class Rows(Sequence):
         # Pages of a mapped file count as memory of each process that touched them: give them back now and then, or
         # the sum grows with the corpus. They stay in the system's cache.
         self.reads += 1
-        if self.reads % 128 == 0:  # each maps up to 0.7 MB; twice as often would cost 2% of the speed
+        if self.reads % 128 == 0:  # each may map 0.7 MB, and giving back takes time
             for pages in self.maps:
                 pages.madvise(mmap.MADV_DONTNEED)
         return text

@@ -28,9 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
 
-COMPILE_PAYS_FROM = (
-    1e14  # FLOPs on a CPU: 2e13 to 7e13 were measured (docs/performance.md), and evaluation compiles too
-)
+COMPILE_PAYS_FROM = 1e14  # FLOPs of a run on a CPU, above what docs/performance.md estimates: evaluation compiles too
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -110,12 +108,14 @@ def pick_attention(model: torch.nn.Module, compiled: bool, device: torch.device,
         block.attn.fused = not products
 
 
-def keep_freed_memory():
-    """Let glibc keep what is freed for the next step, which needs as much again; other systems are left as they are.
+def keep_freed_memory(device: torch.device):
+    """On a CPU, let glibc keep what is freed for the next step, which needs as much again; elsewhere do nothing.
 
-    It gives large blocks back to the system, and getting them anew, page by page, took a tenth to a third of a step on
-    a CPU. The price: this process hardly shrinks any more. The numbers are those of malloc.h.
+    It gives large blocks back to the system, and getting them anew, page by page, took a tenth to a third of a step.
+    The price: this process hardly shrinks any more. The numbers are those of malloc.h.
     """
+    if device.type != "cpu":
+        return
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no such function here
         mallopt = ctypes.CDLL(None).mallopt
         # M_MMAP_THRESHOLD: only larger blocks are asked of the system one by one. Before glibc 2.35, 2**25 at most.

@@ -171,8 +171,7 @@ def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None
         lineage = checkpoint.with_teacher(lineage, taught_by)
     total_tokens = 0 if config.eval_only else config.max_steps * config.tokens_per_step
     compiled, compile_reason = machine.pick_compile(config.compile, device, total_tokens * flops)
-    if device.type == "cpu":
-        machine.keep_freed_memory()
+    machine.keep_freed_memory(device)
     torch.compiler.reset()  # an earlier model of a recipe must not use up the limit of recompilations
     for network in filter(None, (model, teacher)):
         network.to(device)

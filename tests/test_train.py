@@ -333,7 +333,7 @@ def faults():
         torch.zeros(2**22)  # 16 MB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 without = faults()
-machine.keep_freed_memory()
+machine.keep_freed_memory(torch.device("cpu"))
 faults()
 print(without, faults())
 """

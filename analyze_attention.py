@@ -1,213 +1,295 @@
-"""How much do the attention matrices of each layer still say? Approximate rank and column mass by layer and head.
+"""Rank and column mass of a model's attention matrices, by layer and head (paper, section 2, appendix C).
 
-    python analyze_attention.py out/demo/reference --data_dir=data/demo
-    python analyze_attention.py out/demo/reference --compare=out/demo/inherited-4 --data_dir=data/demo --out=out/both
-    python analyze_attention.py some/llama --data_dir=data/demo --control=False   # any decoder of transformers
-    python analyze_attention.py gpt2 --data_dir=data/mine --lazy_below=2     # data of the gpt2 tokenizer
+    python analyze_attention.py out/demo/reference --compare=out/demo/inherited-4 --data_dir=data/demo
+    python analyze_attention.py gpt2 --data_dir=data/mine --tau=0.8,0.85,0.9,0.95 --groups=0:4,4:8,8:12
+    python analyze_attention.py some/llama --data_dir=data/demo --heads=7.16    # any decoder of transformers
 
-A is the causal attention matrix of one layer, head and sequence: T x T, each row sums to 1. It is always of full
-rank (its diagonal is positive), so only an approximate rank means anything; it depends on T and tau, which are
-recorded. "Few columns hold the mass" is also what an attention sink looks like, so column 0 is reported apart.
-An untrained model of the same shape is the control. What is measured, and how, is in attention.py.
-
-Results: attention.json, attention.csv, attention.png (drawn from the JSON) and heads.png (two heads as examples).
-Suffixes: H heads, S sequences, T positions.
+A is the causal attention matrix of one layer, head and sequence, T x T; each row sums to 1. It always has full
+rank, so only an approximate rank is informative; it depends on T and tau. The control is an untrained model of
+the same shape. To add a measure, add an entry to MEASURES. Suffixes: B or S sequences, H heads, T positions.
 """
 
 import csv
-import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import tyro
+from tqdm import tqdm
 
-import configurator
 import data
-import storage
-from attention import MEASURES, load_model, longest_sequence, measure, validation_tokens, visit_layers
-from configurator import UserError
-from figures import plot_attention, plot_heads
-from machine import pick_device
-
-LONGEST = 1024  # T unless another is asked for: GPT-2's, and enough for models that read far more
+from plumbing import configurator, decoders, figures, storage
+from plumbing.configurator import UserError
+from plumbing.fast_rank import fast_rank
+from plumbing.machine import pick_device
 
 
 @dataclass
 class AnalyzeConfig:
-    """Measure the attention rank of every layer and head of a model on validation text."""
+    """Measure the attention of every layer and head of a model on validation text."""
 
     model: tyro.conf.Positional[str]  # a checkpoint, a run directory or a name on the hub
-    compare: str = ""  # another one to put beside it, such as what inherited from it; on the same validation split
-    data_dir: str = "data/python"  # made by prepare_data.py, for a GPT-2 with its own tokenizer
-    out: str = ""  # directory for the results; the default is MODEL/attention, for a hub name out/attention/MODEL
-    seq_len: int = 0  # T; 0: as long as the models read, at most LONGEST
-    sequences: int = 16  # validation windows, spread evenly
-    tau: float = 0.90  # share of the energy that counts as all
-    lazy_below: float = 2.0  # a layer is lazy if its largest head rank is below this, averaged over sequences
-    average_first: bool = False  # measure the mean of all sequences' matrices, as the authors' notebook; all at once
+    compare: str = ""  # a second model to put beside it
+    data_dir: str = "data/python"  # made by prepare_data.py; a GPT-2 must have its tokenizer
+    out: str = ""  # directory of the results; default MODEL/attention, or out/MODEL/attention for a hub name
+    seq_len: int = 100  # T; the model's block_size if that is shorter
+    sequences: int = 100  # N random windows of the validation text; fewer if the text is short
+    tau: str = "0.9"  # comma-separated; the main one is 0.9, else the largest; MaxRank is measured at each
+    groups: str = ""  # layer ranges for AvgRank, such as 0:4,4:8,8:12; default: thirds of the depth
+    heads: str = ""  # heads to draw (layer.head), such as 7.16,29.16; default: most and least collapsed
     control: bool = True  # measure an untrained model of the same shape too
-    micro_batch: int = 4  # sequences at a time unless average_first; only a matter of memory
+    micro_batch: int = 10  # sequences at a time; affects memory only
     device: str = "auto"
+    seed: int = 0  # of the random windows
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Numbers
+# ---- the definitions
 
 
-def summarize(values: dict[int, dict[str, np.ndarray]], lazy_below: float) -> list[dict]:
-    """Per layer: mean and standard error over sequences of the largest and the mean over heads, and what follows."""
-    rows = []
-    for layer, by_measure in values.items():
-        row = {"layer": layer}
-        for name in MEASURES:
-            by_head = by_measure[name]  # (H, S)
-            for kind, by_sequence in (("max", by_head.max(0)), ("mean", by_head.mean(0))):
-                row[f"{kind}_{name}"], row[f"{kind}_{name}_se"] = data.mean_and_error(by_sequence)
-        share = (by_measure["rank"] == 1).mean(0)  # (S,)
-        row["rank_one_share"], row["rank_one_share_se"] = data.mean_and_error(share)
-        row["lazy"] = row["max_rank"] < lazy_below
-        rows.append(row)
-    return rows
+def k_star(attention: torch.Tensor, tau: float = 0.90) -> torch.Tensor:
+    """The least k whose k largest sigma² reach tau · sum of sigma²: (..., T, T) -> (...). Definition G.1.
 
-
-def layers_before_lazy_tail(rows: list[dict]) -> int:
-    """The number of layers that are left when the lazy layers at the end are dropped; at least 1."""
-    return max((row["layer"] + 1 for row in rows if not row["lazy"]), default=1)
-
-
-def two_heads(model: torch.nn.Module, idx: torch.Tensor, values: dict) -> list[tuple[dict, np.ndarray]]:
-    """The heads of the smallest and the largest mean rank: what they are, and the mean of their matrices on idx.
-
-    Among equals columns decide. "share" is the energy that the first 1, 2, ... directions hold, up to 99%.
+    The reference for plumbing/fast_rank.py, which computes the same number faster.
     """
-    means = {
-        (by_measure["rank"][head].mean(), by_measure["columns"][head].mean(), layer, head)
-        for layer, by_measure in values.items()
-        for head in range(len(by_measure["rank"]))
-    }
-    chosen, found = {"most collapsed": min(means), "least collapsed": max(means)}, []
+    energy = torch.linalg.svdvals(attention.double()).square()  # sigma_i², largest first (..., T)
+    share = energy.cumsum(-1) / energy.sum(-1, keepdim=True)  # held by the first k = 1, ..., T
+    return (share < tau).sum(-1) + 1
 
-    def visit(layer: int, attention_BHTT: torch.Tensor):
-        for title, (rank, _, of_layer, head) in chosen.items():
-            if layer == of_layer:
-                matrix = attention_BHTT[:, head].mean(0).double().cpu()  # (T, T)
-                energy = torch.linalg.svdvals(matrix).square().cumsum(0)
-                share = (energy / energy[-1]).numpy()
-                share = share[: np.searchsorted(share, 0.99) + 1].round(6).tolist()
-                entry = {"title": title, "layer": layer, "head": head, "mean_rank": float(rank), "share": share}
-                found.append((entry, matrix.numpy()))
 
-    visit_layers(model, idx, visit)
-    return sorted(found, key=lambda pair: pair[0]["title"], reverse=True)  # the most collapsed first
+def m_star(attention: torch.Tensor, eta: float = 0.90) -> torch.Tensor:
+    """The fewest columns with eta of the squared mass ‖A‖_F²: (..., T, T) -> (...). Paper, appendix C."""
+    mass = attention.double().square().sum(-2).sort(-1, descending=True).values  # ‖A_:,j‖² (..., T)
+    return (mass.cumsum(-1) / mass.sum(-1, keepdim=True) < eta).sum(-1) + 1
+
+
+def sink(attention: torch.Tensor) -> torch.Tensor:
+    """The mean attention that the first column receives: (..., T, T) -> (...)."""
+    return attention[..., 0].mean(-1)
+
+
+class Measure(NamedTuple):
+    name: str  # in "heads" of attention.json
+    function: Callable[[torch.Tensor], torch.Tensor]  # attention (B, H, T, T) -> (B, H)
+    over_heads: str  # "max" or "mean"
+    label: str  # in the table, the figures and metrics.jsonl
+
+    @property
+    def key(self) -> str:  # in a layer of attention.json and in attention.csv: max_rank, avg_mass
+        return f"{'max' if self.over_heads == 'max' else 'avg'}_{self.name}"
+
+
+MEASURES = [  # the table, the files, the figures, train.py --track_rank and stored() follow this list
+    Measure("rank", fast_rank, "max", "MaxRank"),  # paper, section 2
+    Measure("mass", m_star, "mean", "AvgMass"),  # paper, appendix C
+    Measure("sink", sink, "mean", "sink"),
+    Measure("has_sink", lambda A: (sink(A) > 0.3).float(), "mean", "sink > 0.3"),  # arXiv 2410.10781
+]
+
+
+def measures_at(taus: list[float]) -> list[Measure]:
+    """MEASURES with the rank at the main tau, the first one, and MaxRank at each other tau."""
+    at = [m._replace(function=partial(fast_rank, tau=taus[0])) if m.name == "rank" else m for m in MEASURES]
+    return at + [Measure(f"rank_{t}", partial(fast_rank, tau=t), "max", f"MaxRank τ={t}") for t in taus[1:]]
+
+
+def over_heads(values_HS: np.ndarray, how: str) -> tuple[float, float]:
+    """A layer's number and its standard error: first the mean over sequences, then the max or mean over heads.
+
+    Rank(h, l) is the mean over sequences, MaxRank(l) the largest Rank(h, l): paper, definition G.1. In the
+    other order the number is never smaller, and fewer layers are lazy.
+    """
+    winner = values_HS[values_HS.mean(1).argmax()]  # (S,) of the head with the largest mean
+    return data.mean_and_error(winner if how == "max" else values_HS.mean(0))
+
+
+def summarize(values: dict[int, dict[str, np.ndarray]], measures: list[Measure], groups: list) -> dict:
+    """From the values {layer: {measure: (H, S)}} of a model: its layers, groups of layers, and heads."""
+    rows, heads = (
+        [],
+        {m.name: [by_name[m.name].mean(1).tolist() for by_name in values.values()] for m in measures},
+    )
+    for layer, by_name in values.items():
+        row = {"layer": layer}
+        for m in measures:
+            row[m.key], row[f"{m.key}_se"] = over_heads(by_name[m.name], m.over_heads)
+        row["near_rank_one"] = float(
+            (by_name["rank"].mean(1) < 1.5).mean()
+        )  # share of heads; the limit is ours
+        row["strictly_lazy"] = row["max_rank"] < 1 + 1e-9  # MaxRank = 1, the paper's lazy layer
+        row["lazy"] = row["max_rank"] < 2  # floor(MaxRank) = 1, the paper's criterion for a group
+        rows.append(row)
+    ranks = {f"{a}:{b}": [row["max_rank"] for row in rows if a <= row["layer"] < b] for a, b in groups}
+    averages = [{"layers": name, "avg_rank": float(np.mean(each))} for name, each in ranks.items() if each]
+    share = float(np.mean([row["near_rank_one"] for row in rows]))
+    return {"layers": rows, "groups": averages, "near_rank_one": share, "heads": heads}
+
+
+def suggested_layers(result: dict) -> int:
+    """Layers that remain without the lazy ones at the end, at least 1. A layer without attention is not lazy."""
+    lazy = {row["layer"] for row in result["layers"] if row["lazy"]}
+    return max((layer + 1 for layer in range(result["n_layer"]) if layer not in lazy), default=1)
+
+
+# ---- measuring
+
+
+def random_windows(tokens: np.ndarray, T: int, N: int, seed: int, begin: list) -> torch.Tensor:
+    """N random windows (N, T), each led by the tokens `begin`; no more than fit into the text side by side."""
+    n = T - len(begin)
+    starts = np.random.RandomState(seed).choice(len(tokens) - n + 1, min(N, len(tokens) // n), replace=False)
+    text = torch.from_numpy(tokens[starts[:, None] + np.arange(n)].astype(np.int64))
+    return torch.cat([torch.tensor(begin, dtype=torch.long).expand(len(text), -1), text], 1)
+
+
+def measure(model: torch.nn.Module, idx: torch.Tensor, measures: list[Measure], micro_batch: int) -> dict:
+    """{layer: {measure: (H, S)}} of a model on sequences idx (S, T)."""
+    found: dict[int, dict[str, list]] = {}
+
+    def visit(layer: int, A: torch.Tensor):  # (B, H, T, T)
+        A = A.float().cpu() if A.device.type == "mps" else A.float()  # MPS has neither float64 nor eigvalsh
+        for m in measures:
+            found.setdefault(layer, {}).setdefault(m.name, []).append(m.function(A).cpu().double().numpy().T)
+
+    for batch in tqdm(idx.split(micro_batch), desc="attention", disable=None, leave=False):
+        decoders.attention_matrices(model, batch, visit)
+    return {layer: {name: np.hstack(v) for name, v in found[layer].items()} for layer in sorted(found)}
+
+
+def track(model: torch.nn.Module, val_tokens: np.ndarray, sequences: int = 8) -> dict:
+    """What train.py --track_rank logs: {label: [number of each layer]}, on the same random windows each time.
+
+    Leaves the model's mode and the global random state unchanged.
+    """
+    T, training = min(AnalyzeConfig.seq_len, model.config.block_size), model.training
+    idx = random_windows(val_tokens, T, sequences, 0, []).to(next(model.parameters()).device)
+    values = measure(model.eval(), idx, MEASURES, micro_batch=1).values()
+    model.train(training)
+    found = {m.label: [over_heads(by_name[m.name], m.over_heads)[0] for by_name in values] for m in MEASURES}
+    return found | {"T": T, "tau": 0.9, "sequences": len(idx)}
+
+
+def pictures(model: torch.nn.Module, idx: torch.Tensor, values: dict, heads: list) -> list[dict]:
+    """The matrices (T, T) of heads (layer, head) on idx (1, T); default: the least and the largest Rank."""
+    ranks = {(i, h): r for i, by_name in values.items() for h, r in enumerate(by_name["rank"].mean(1))}
+    extremes = [min(ranks, key=ranks.get), max(ranks, key=ranks.get)]
+    chosen, found = [tuple(head) for head in heads if tuple(head) in ranks] or extremes, {}
+
+    def visit(layer: int, A: torch.Tensor):  # (1, H, T, T)
+        found.update({(layer, h): A[0, h].float().cpu().numpy() for i, h in chosen if i == layer})
+
+    decoders.attention_matrices(model, idx, visit)
+    return [{"layer": i, "head": h, "rank": ranks[i, h], "matrix": found[i, h]} for i, h in chosen]
+
+
+# ---- the command
+
+
+def identity(config: AnalyzeConfig) -> dict:
+    """All that the numbers depend on: an analysis is reused only if this is unchanged. Raises UserError."""
+    try:
+        taus = sorted(
+            {float(t) for t in config.tau.split(",")}, key=lambda t: (t != 0.9, -t)
+        )  # main one first
+        ranges = [[int(a), int(b)] for a, b in (each.split(":") for each in config.groups.split(",") if each)]
+        heads = [[int(i), int(h)] for i, h in (each.split(".") for each in config.heads.split(",") if each)]
+        # above 0.999 rounding decides
+        valid = all(0 < tau <= 0.999 for tau in taus) and all(0 <= a < b for a, b in ranges)
+        if not valid or min(config.seq_len - 1, config.sequences, config.micro_batch) < 1:
+            raise ValueError
+    except ValueError:
+        expected = "0 < tau <= 0.999, groups like 0:4,4:8, heads like 7.16, seq_len >= 2, other numbers >= 1"
+        raise UserError(f"found {config}; expected {expected}") from None
+    paths = [storage.resolve(name) for name in (config.model, config.compare) if name]
+    sha256, splits = [storage.hashes(path) for path in paths], data.read_meta(config.data_dir)["splits"]
+    T = min(config.seq_len, *map(decoders.longest_sequence, paths))
+    found = {"sha256": sha256[0], "compared_sha256": sha256[1:], "control": config.control}
+    found |= {"data": config.data_dir, "data_sha256": splits["val"]["sha256"], "seed": config.seed}
+    found |= {"T": T, "tau": taus, "wanted": config.sequences, "ranges": ranges, "drawn": heads}
+    return found | {"measures": {m.key: m.label for m in measures_at(taus)}}
+
+
+def out_dir(config: AnalyzeConfig) -> Path:
+    model = Path(config.model).expanduser()
+    return Path(config.out or (model if model.is_dir() else "out" / model) / "attention").expanduser()
+
+
+def stored(config: AnalyzeConfig) -> dict | None:
+    """The finished analysis of the same weights, text, settings and measures, if there is one."""
+    path = out_dir(config) / "attention.json"
+    result = storage.read_json(path) if path.exists() else {}
+    return result if all(result.get(key) == value for key, value in identity(config).items()) else None
 
 
 def analyze(config: AnalyzeConfig) -> dict:
-    """Measure a model as configured, write the results, return what attention.json holds. Raises UserError."""
-    device = pick_device(config.device)
-    paths = [storage.resolve(name) for name in (config.model, config.compare) if name]
-    longest = min(longest_sequence(path) for path in paths)
-    T = config.seq_len or min(longest, LONGEST)
-    counts = config.sequences >= 1 and config.micro_batch >= 1 and config.lazy_below >= 0
-    if not (2 <= T <= longest and 0 < config.tau <= 0.999 and counts):
-        raise UserError(
-            f"seq_len {T}, sequences {config.sequences}, micro_batch {config.micro_batch}, tau {config.tau}, "
-            f"lazy_below {config.lazy_below}; expected 2 <= seq_len <= block_size {longest}, "
-            "sequences >= 1, micro_batch >= 1, 0 < tau <= 0.999 (beyond, rounding decides), lazy_below >= 0"
+    """Measure a model, print the table, write attention.csv, .json and the figures. Returns the JSON's content.
+
+    Raises UserError; exit code 1 where the disk refuses, after the table was printed.
+    """
+    result, out, device, found = identity(config), out_dir(config), pick_device(config.device), {}
+    models = {"model": config.model, "untrained": config.control and config.model, "compared": config.compare}
+    for role, name in ((role, name) for role, name in models.items() if name):
+        path, meta = storage.resolve(name), data.read_meta(config.data_dir)
+        model = decoders.load(path, untrained=role == "untrained").to(device)
+        if role != "untrained":  # which reads what the trained model reads
+            text = data.open_tokens(config.data_dir, "val", result["T"], math.inf)
+            tokens, begin = decoders.validation_tokens(path, model, text, meta)
+            idx = random_windows(tokens, result["T"], config.sequences, config.seed, begin).to(device)
+        values, n = (
+            measure(model, idx, measures_at(result["tau"]), config.micro_batch),
+            decoders.n_layer(model),
         )
-    meta = data.read_meta(config.data_dir)
-
-    def windows(path: Path, model: torch.nn.Module) -> torch.Tensor:
-        tokens = validation_tokens(path, model, config.data_dir, T)
-        starts = data.val_starts(len(tokens), T)
-        chosen = np.linspace(0, len(starts) - 1, min(config.sequences, len(starts))).astype(int)
-        return data.windows(tokens, starts[chosen], T)[0].to(device)  # (S, T)
-
-    values, heads, idx, S = {}, [], None, {}
-    arms = [("model", paths[0], False), ("untrained", paths[0], True), ("compared", paths[-1], False)]
-    wanted = {"model": True, "untrained": config.control, "compared": bool(config.compare)}
-    for name, path, untrained in (arm for arm in arms if wanted[arm[0]]):
-        model = load_model(path, untrained).to(device)
-        idx = idx if untrained else windows(path, model)
-        S[name] = len(idx)
-        values[name] = measure(model, idx, config.tau, config.micro_batch, config.average_first)
-        if name == "model":
-            heads = two_heads(model, idx if config.average_first else idx[:1], values[name])
+        groups = result["ranges"] or [(n * i // 3, n * (i + 1) // 3) for i in range(3)]
+        run = path.parent if path.name.startswith("step-") else Path(name).expanduser().resolve()
+        about = {"name": role if role == "untrained" else run.name, "model": str(path), "n_layer": n}
+        summary = summarize(values, measures_at(result["tau"]), groups)
+        found[role] = about | {"sequences": len(idx)} | summary
+        if role == "model":
+            drawn = pictures(model, idx[:1], values, result["drawn"])
         del model  # before the next one is loaded
-    layers = {name: summarize(by_layer, config.lazy_below) for name, by_layer in values.items()}
-
-    def about(name: str, given: str, path: Path) -> dict:
-        by_head = {key: [by_layer[key].mean(1).tolist() for by_layer in values[name].values()] for key in MEASURES}
-        return {
-            "name": Path(given).name, "model": str(path), "sha256": storage.TensorFiles(path).sha256(),
-            "sequences": S[name],  # a short text has fewer windows with another tokenizer
-            "layers_before_lazy_tail": layers_before_lazy_tail(layers[name]), "layers": layers[name],
-            "heads": by_head,  # (L, H) each
-        }  # fmt: skip
-
-    result = about("model", config.model, paths[0]) | {
-        "data": str(config.data_dir), "data_sha256": meta["splits"]["val"]["sha256"],
-        "T": T, "tau": config.tau, "sequences_asked": config.sequences,
-        "average_first": config.average_first, "lazy_below": config.lazy_below,
-        "untrained": layers.get("untrained"), "examples": [entry for entry, _ in heads],
-        "compared": about("compared", config.compare, paths[1]) if config.compare else None,
-    }  # fmt: skip
-
-    beside = Path(config.model) / "attention" if Path(config.model).is_dir() else Path("out/attention") / config.model
-    out = Path(config.out or beside)
+    result |= found["model"] | {role: found.get(role) for role in ("untrained", "compared")}
+    print_table(result)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        rows = [{"model": each["name"]} | row for each in found.values() for row in each["layers"]]
+        with open(out / "attention.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([rows[0], *(row.values() for row in rows)])
+        storage.replace_json(out / "attention.json", result)  # before the figures, which can be drawn again
+        figures.plot_attention(result, out / "attention.png")
+        figures.plot_heads(drawn, result, out / "heads.png")
     except OSError as error:
-        raise UserError(f"{out} cannot be made: {error.strerror}") from None
-    write_csv(values, out / "attention.csv")
-    plot_attention(result, out / "attention.png")
-    plot_heads(result, [matrix for _, matrix in heads], out / "heads.png")
-    storage.replace_json(out / "attention.json", result)  # last: its presence says that all of it is done
+        raise UserError(
+            f"{out}: {error.strerror or error}; free space or choose a different --out", 1
+        ) from None
     return result
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Tables
-
-
-def write_csv(values: dict[str, dict[int, dict[str, np.ndarray]]], path: Path):
-    """A line for each head of each model: means over the sequences and their standard errors."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            ["model", "layer", "head", *itertools.chain(*((m, f"{m}_se") for m in MEASURES)), "rank_one_share"]
-        )
-        for name, by_layer in values.items():
-            for layer, by_measure in by_layer.items():
-                for head, ranks in enumerate(by_measure["rank"]):
-                    numbers = itertools.chain(*(data.mean_and_error(by_measure[m][head]) for m in MEASURES))
-                    writer.writerow([name, layer, head, *numbers, (ranks == 1).mean()])
-
-
 def print_table(result: dict):
-    """A line for each layer; the lazy ones are marked. After it the compared model's, if there is one."""
-    for model in filter(None, (result, result.get("compared"))):
-        has_error = model["sequences"] > 1 and not result["average_first"]
-        what = "mean ± s.e. over sequences" if has_error else "of one matrix a head, so without s.e."
-        print(f"{model['model']}: T {result['T']}, tau {result['tau']}, {model['sequences']} sequences; {what}")
-        print("layer   largest head rank   mean head rank   largest columns   sink   heads of rank 1")
-        for row in model["layers"]:
-            error = f"± {row['max_rank_se']:5.2f}" if has_error else ""
-            print(
-                f"{row['layer']:5d}   {row['max_rank']:9.2f} {error:7s}   {row['mean_rank']:14.2f}   "
-                f"{row['max_columns']:15.2f}   {row['mean_sink']:4.2f}   {row['rank_one_share']:15.0%}"
-                + ("   lazy" if row["lazy"] else "")
-            )
-        lazy = sum(row["lazy"] for row in model["layers"])
+    """A line for each layer, then lazy layers, groups and heads; then the same of the compared model."""
+    for model in filter(None, (result, result["compared"])):
         print(
-            f"{lazy} of {len(model['layers'])} layers are lazy (largest head rank below {result['lazy_below']}); "
-            f"k that this suggests, the layers before the lazy tail: {model['layers_before_lazy_tail']}"
+            f"{model['model']}: T = {result['T']}, tau = {result['tau'][0]}, {model['sequences']} sequences"
         )
+        print("layer", *(f"{label:^16s}" for label in result["measures"].values()), "near rank 1")
+        for row in model["layers"]:
+            cells = [f"{row[key]:7.2f} ± {row[f'{key}_se']:<6.2f}" for key in result["measures"]]
+            lazy = "lazy, strictly" if row["strictly_lazy"] else "lazy" if row["lazy"] else ""
+            print(f"{row['layer']:5d}", *cells, f"{row['near_rank_one']:11.0%} {lazy}".rstrip())
+        lazy, strictly = (sum(row[key] for row in model["layers"]) for key in ("lazy", "strictly_lazy"))
+        print("± is the standard error over sequences")
+        print(f"lazy layers: {lazy} by floor(MaxRank) = 1, {strictly} strictly (MaxRank = 1)")
+        print(f"layers without attention, not measured: {model['n_layer'] - len(model['layers'])}")
+        print("AvgRank:", ", ".join(f"layers {g['layers']} {g['avg_rank']:.2f}" for g in model["groups"]))
+        print(f"heads near rank one (mean rank below 1.5): {model['near_rank_one']:.0%} of the model")
+        print(f"layers before the lazy tail: {suggested_layers(model)}")
 
 
 def main():
-    print_table(analyze(configurator.load(AnalyzeConfig)))
+    analyze(configurator.load(AnalyzeConfig))
 
 
 if __name__ == "__main__":

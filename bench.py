@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
-import configurator
+from plumbing import checkpoint
+from plumbing import configurator
 import data
-import machine
-import storage
-from configurator import UserError
+from plumbing import machine
+from plumbing import storage
+from plumbing.configurator import UserError
 from model import GPT, GPTConfig
 from objective import learning_rate
 from train import TrainConfig

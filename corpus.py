@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError
+from plumbing.configurator import UserError
 
 
 @dataclass(frozen=True)

@@ -1,208 +1,215 @@
-"""Inheritune, the whole recipe: reference, analysis, rounds of inherit and train, the arms beside it, the report.
+"""Inheritune, the whole recipe: reference, analysis, rounds of inherit and train, baselines, report.
 
-    python inheritune.py config/demo.toml                                    # minutes on a laptop's CPU
+    python inheritune.py config/demo.toml                                    # five minutes on a laptop's CPU
     python inheritune.py config/demo.toml --out_dir=out/mine --max_steps=600   # any setting of train.py
     torchrun --standalone --nproc_per_node=4 inheritune.py config/demo.toml --micro_batch=8
 
-Kill it and start it again: each stage that is complete is skipped, a run goes on from its last checkpoint.
-Every model of one seed sees the same tokens in the same order, and all see the same validation windows.
+You can interrupt it at any time. Rerun the same command to resume: complete stages are skipped. All models of one seed
+see the same tokens in the same order, and all are evaluated on the same validation windows.
 """
 
-import contextlib
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
-import tyro
+import torch
 
-import checkpoint
-import configurator
 import data
-import storage
-from analyze_attention import LONGEST, AnalyzeConfig, analyze, print_table
-from arms import Arm, Checker, Claim, settings_of, slug, with_numbers
-from attention import longest_sequence
-from configurator import UserError
-from inherit import identity, inherit, open_sources
-from machine import on_rank_0, process_group, watch_signals
-from model import GPTConfig
+from analyze_attention import AnalyzeConfig, analyze, print_table, stored, suggested_layers
+from baselines import CLAIMS, Baseline, baselines
+from inherit import inherit, lineage_of
+from model import GPT, GPTConfig
+from plumbing import checkpoint, configurator, machine, storage
+from plumbing.configurator import UserError
+from plumbing.machine import on_rank_0
 from report import paired_difference, report, verdict
 from train import TrainConfig, train
 
 
 @dataclass
 class RecipeConfig(TrainConfig):
-    """Run or resume the whole recipe into out_dir. The settings of train.py are the reference's and every arm's."""
+    """Run or resume the whole recipe into out_dir. The settings of train.py apply to every model."""
 
     start_layers: int | Literal["auto"] | None = None  # k of the first round; None: n/2; auto: up to the lazy tail
-    expand_by: int = 2  # layers that each further round adds
-    expand_from: Literal["reference", "target"] = "reference"  # target: keep its trained layers and add to these
-    inherit_from: Literal["last", "stable"] = "last"  # stable: before the decay of a "wsd" reference; no new warm-up
-    moments: bool = False  # inherit AdamW's state with the weights
-    tolerance: float = 0.0  # nats: matched if the mean loss is at most this much above the reference's
-    seeds: list[int] = field(default_factory=list)  # the whole comparison with each of these; none: with seed
-    sequences: int = 16  # validation windows for the attention analysis
-    arms: tyro.conf.Suppress[list[Arm]] = field(default_factory=list)  # in the preset: [[inheritune.arms]]
-    claims: tyro.conf.Suppress[list[Claim]] = field(default_factory=list)  # in the preset: [[inheritune.claims]]
+    expand_by: int = 2  # layers that each further round adds (paper, section 4)
+    expand_from: Literal["reference", "target"] = "reference"  # target: keep its trained layers and add to them
+    inherit_from: Literal["last", "stable"] = "last"  # stable: the reference before its "wsd" decay (ours)
+    moments: bool = False  # inherit AdamW's state with the weights (ours)
+    tolerance: float = 0.0  # nats per token; matched: the mean loss is at most this much above the reference's
+    seeds: list[int] = field(default_factory=list)  # train everything with each of these; empty: with seed
+    sequences: int = 100  # of the attention analysis
+    baselines: list[str] = field(default_factory=list)  # names in baselines.py
+
+    @property
+    def n(self) -> int:
+        """Layers of the reference."""
+        return self.n_layer or GPTConfig.n_layer
+
+    @property
+    def first_k(self) -> int:
+        return self.start_layers if isinstance(self.start_layers, int) else max(1, self.n // 2)
 
     def __post_init__(self):
         super().__post_init__()
-        n = GPTConfig.n_layer if self.n_layer is None else self.n_layer
-        for key, most in (("start_layers", n), ("expand_by", n), ("sequences", 10**6)):
-            value = getattr(self, key)
-            if value not in (None, "auto") and not 1 <= value <= most:
-                raise UserError(f"{key} is {value}, expected 1 to {most}")
-        if not math.isfinite(self.tolerance):
-            raise UserError(f"tolerance is {self.tolerance}, expected a finite number of nats")
-        if len(set(self.seeds)) < len(self.seeds) or not all(0 <= seed < 2**32 for seed in self.seeds):
-            raise UserError(f"seeds {self.seeds}: expected each once, from 0 to {2**32 - 1}")
-        if self.inherit_from == "stable" and self.schedule != "wsd":
-            raise UserError('inherit_from = "stable" needs schedule = "wsd"')
+        if not (1 <= self.first_k <= self.n and self.expand_by >= 1):
+            raise UserError(
+                f"start_layers {self.first_k}, expand_by {self.expand_by}; expected 1 to {self.n} and at least 1"
+            )
         if self.init_from != "scratch" or self.eval_only or self.override or self.teacher:
-            raise UserError("init_from, eval_only, override and teacher are for train.py or, the last, for an arm")
-        checker = Checker(self, n)
-        for arm in self.arms:
-            checker.check(arm)
-        for claim in self.claims:
-            for name in (claim.better, claim.worse):
-                configurator.check_key(name, checker.known, f"claim {claim.text!r}")
+            raise UserError("init_from, eval_only, override and teacher are settings of train.py, not of the recipe")
+
+
+def round_target(config: RecipeConfig, k: int, previous_k: int | None) -> Baseline:
+    """What the target of k layers begins with: the growth rule (Inheritune step 3; paper, algorithm 1 and section 1)."""
+    stable = {"stable": config.inherit_from == "stable", "moments": config.moments}
+    if previous_k and config.expand_from == "target":  # keep what was trained, add the reference's next layers
+        added = list(range(previous_k, k))
+        return Baseline(layers=list(range(previous_k)), source="target", top="reference", top_layers=added)
+    return Baseline(layers=list(range(k)), **stable)  # start again from the reference's first k layers
+
+
+def wanted(names: list[str], n: int, k: int) -> dict[str, Baseline]:
+    """The baselines of these names and those that they begin with, in an order in which they can be trained."""
+    known, found = baselines(n, k), {}
+    for name in names:
+        configurator.check_key(name, known, "baselines")
+        needs = [known[name].source, known[name].top, known[name].teacher]
+        found |= wanted([each for each in needs if each in known], n, k) | {name: known[name]}
+    return found
+
+
+def train_config(config: RecipeConfig, model: Baseline, seed: int, out_dir: Path) -> TrainConfig:
+    """The settings of train.py for one model of the recipe. Raises UserError if they do not fit."""
+    settings = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
+    settings |= {"seed": seed, "max_steps": max(1, round(model.steps * config.max_steps)), "out_dir": str(out_dir)}
+    if model.stable:
+        settings["warmup_steps"] = 0  # it continues at the rate that its source had
+    settings |= model.settings | {"n_layer": model.n_layer or None, "resume": "auto"}
+    return TrainConfig(**settings)
+
+
+def check(config: RecipeConfig):
+    """Build every model of the recipe without memory, so that a mistake shows before the first step. UserError."""
+    models = {"reference": Baseline(n_layer=config.n)} | wanted(config.baselines, config.n, config.first_k)
+    for name, model in models.items():
+        settings = train_config(config, model, config.seed, Path(config.out_dir))
+        n_layer = model.n_layer or len(model.layers) + len(model.top_layers)
+        options = {f.name: value for f in fields(GPTConfig) if (value := getattr(settings, f.name)) is not None}
+        try:
+            with torch.device("meta"):
+                shape = GPT(GPTConfig(**options | {"n_layer": n_layer})).config
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from None
+        processes = machine.rank_and_world_size()[1]
+        data.accumulation(settings.tokens_per_step, settings.micro_batch, shape.block_size, processes)
 
 
 class Models:
-    """The models of one seed: those made so far, by name, as the directories of their runs."""
+    """The models of one seed: those trained so far, by name, as the directories of their runs."""
 
     def __init__(self, config: RecipeConfig, seed: int):
         self.config, self.seed = config, seed
         self.out_dir = Path(config.out_dir) / f"seed-{seed}" if config.seeds else Path(config.out_dir)
         self.runs: dict[str, Path] = {}
 
-    def find(self, name: str, inherit_from: str = "last") -> Path:
-        """The checkpoint that an arm's source, teacher or top stands for."""
-        if name not in self.runs:
-            return storage.resolve(name)
-        if inherit_from == "stable":
-            return checkpoint.last_stable(self.runs[name])
-        return storage.latest(self.runs[name])
+    def find(self, name: str, stable: bool = False) -> Path:
+        """The checkpoint to inherit from or to distill."""
+        return checkpoint.last_stable(self.runs[name]) if stable else storage.latest(self.runs[name])
 
-    def make(self, arm: Arm, directory: str, k: int, n: int) -> Path:
-        """Inherit and train one model, as far as that is not done; its last checkpoint."""
+    def make(self, name: str, model: Baseline, directory: str) -> tuple[Path, list[Path]]:
+        """Inherit (step 1) and train (step 2) one model unless that is done. Its checkpoint, and its sources."""
         out_dir = self.out_dir / directory
-        changes = {"out_dir": str(out_dir), "resume": "auto"}
-        if arm.layers:
-            inherit_from = arm.inherit_from or self.config.inherit_from
-            moments = self.config.moments if arm.moments is None else arm.moments
-            how = {"parts": arm.parts, "moments": moments, "seed": self.seed}
-            if arm.top:
-                how |= {"top": self.find(arm.top, inherit_from), "top_layers": with_numbers(arm.top_layers, k, n)}
-            on_rank_0(inherit_once, self.find(arm.source, inherit_from), with_numbers(arm.layers, k, n), out_dir, how)
-            changes |= {"init_from": str(out_dir / "init"), "n_layer": None}
-        else:
-            changes |= {"n_layer": int(with_numbers(str(arm.n_layer), k, n))}
-        if arm.teacher:
-            changes |= {"teacher": str(self.find(arm.teacher))}
-        path = train(TrainConfig(**settings_of(self.config, arm, self.seed) | changes))
-        self.runs[arm.name] = out_dir
-        return path
+        settings, sources = train_config(self.config, model, self.seed, out_dir), []
+        if model.layers:
+            sources = [self.find(each, model.stable) for each in (model.source, model.top) if each]
+            how = {"parts": model.parts, "moments": model.moments}
+            if model.top:
+                how |= {"top": sources[1], "top_layers": model.top_layers}
+            on_rank_0(inherit_once, sources[0], model.layers, out_dir / "init", how, self.seed)
+            settings = replace(settings, init_from=str(out_dir / "init"))
+        if model.teacher:
+            sources.append(self.find(model.teacher))
+            settings = replace(settings, teacher=str(sources[-1]))
+        path = train(settings)
+        self.runs[name] = out_dir
+        return path, sources
+
+
+def inherit_once(source: Path, layers: list, out: Path, how: dict, seed: int):
+    """Inherit into `out` unless that was done. Raises UserError if it was done from different weights or layers."""
+    if not out.exists():
+        inherit(source, layers, out, **how, seed=seed)
+    asked, found = checkpoint.identity(lineage_of(source, layers, **how)), checkpoint.origin(out)
+    differ = [key for key in asked if found.get(key) != asked[key]]
+    if differ:
+        raise UserError(f"{out} was made with a different {', '.join(differ)}; remove {out.parent} to make it again")
+
+
+def measure(config: RecipeConfig, model: Path) -> dict:
+    """The attention analysis of a model, unless it is already there for the same weights and settings."""
+    settings = AnalyzeConfig(
+        str(model), out=str(model.parent / "attention"), data_dir=config.data_dir, sequences=config.sequences,
+        device=config.device,
+    )
+    result = stored(settings)
+    if result is None:
+        result = analyze(settings)
+        print_table(result)
+    return result
 
 
 def recipe(config: RecipeConfig):
-    """Every stage in order, each for every seed; what is complete is skipped. Raises UserError."""
-    out_dir = Path(config.out_dir)
-    models = [Models(config, seed) for seed in config.seeds or [config.seed]]
-    n = GPTConfig.n_layer if config.n_layer is None else config.n_layer
-    compared = []
+    """Every stage in order, each for every seed. Complete stages are skipped. Raises UserError."""
+    check(config)
+    out_dir, n = Path(config.out_dir), config.n
+    seeds = [Models(config, seed) for seed in config.seeds or [config.seed]]
+    compared = []  # the models of recipe.json
 
-    def compare(name: str, role: str, paths: list[Path]):
-        compared.append({"name": name, "role": role, "paths": [str(path.relative_to(out_dir)) for path in paths]})
+    def make(name: str, role: str, model: Baseline, directory: str, title: str = "") -> list[Path]:
+        made = [each.make(name, model, directory) for each in seeds[: model.seeds]]
+        paths = [path for path, _ in made]
+        sources = [str(path.relative_to(out_dir)) for path in made[0][1]]
+        relative = [str(path.relative_to(out_dir)) for path in paths]
+        compared.append({"name": title or name, "role": role, "paths": relative, "sources": sources})
+        return paths
 
-    def write_report():
-        claims = [vars(claim) for claim in config.claims]
+    # ---- the reference, and how collapsed its attention is (paper, section 2)
+    references = make("reference", "reference", Baseline(n_layer=n), "reference")
+    attention = on_rank_0(measure, config, references[0])
+    k, previous_k = config.first_k, None
+    if config.start_layers == "auto" and suggested_layers(attention) < n:
+        k = suggested_layers(attention)
+        machine.say(f"the last {n - k} layers of the reference are lazy, so k = {k} of {n}")
+
+    # ---- Inheritune: inherit k layers, train, and expand until the target matches (paper, algorithm 1)
+    while True:
+        targets = make("target", "round", round_target(config, k, previous_k), f"inherited-{k}", f"inherited, {k} layers")
+        difference, interval = paired_difference(targets, references)
+        machine.say(f"round k = {k}: {difference:+.4f} nats: {verdict(difference, interval, config.tolerance)}")
+        if difference <= config.tolerance or k == n:
+            break
+        previous_k, k = k, min(k + config.expand_by, n)
+    compared[-1]["role"] = "target"
+    on_rank_0(measure, config, targets[0])
+
+    def write_report() -> str:
+        claims = [dict(zip(("text", "better", "worse"), claim, strict=True)) for claim in CLAIMS]
         content = {"models": compared, "tolerance": config.tolerance, "claims": claims}
         storage.replace_json(out_dir / "recipe.json", content)
         return report(out_dir)
 
-    # ---- reference
-    references = [each.make(Arm("reference", n_layer=n), "reference", n, n) for each in models]
-    attention = on_rank_0(measure_attention, config, references[0])
-    compare("reference", "reference", references)
-
-    # ---- rounds: inherit, train, expand
-    k = max(1, n // 2) if config.start_layers is None else config.start_layers
-    if k == "auto":
-        before_lazy_tail = attention["layers_before_lazy_tail"]
-        k = before_lazy_tail if before_lazy_tail < n else max(1, n // 2)
-        on_rank_0(print, f"the reference has {n - before_lazy_tail} lazy layers at its end, so k = {k} of {n}")
-    grown = None  # the number of layers of the last round's target
-    while True:
-        arm = Arm("target", layers=f"0:{k}")
-        if grown and config.expand_from == "target":
-            arm = Arm("target", layers=":", source="target", top="reference", top_layers=f"{grown}:{k}")
-        targets = [each.make(arm, f"inherited-{k}", k, n) for each in models]
-        difference, interval = paired_difference(targets, references)
-        compare(f"inherited, {k} layers", "round", targets)
-        on_rank_0(
-            print,
-            f"round k = {k}: {difference:+.4f} ± {interval:.4f} nats to the reference: "
-            f"{verdict(difference, interval, config.tolerance)}",
-        )
-        if difference <= config.tolerance or k == n:
-            break
-        grown, k = k, min(k + config.expand_by, n)
-    compared[-1]["role"] = "target"
-    on_rank_0(measure_attention, config, targets[0])
-    # there is a report from here on, whatever comes; what was finished before is not to be missed in it for a while
-    on_rank_0(lambda: (out_dir / "recipe.json").exists() or write_report())
-
-    # ---- arms
-    for arm in config.arms:
-        directory, some = f"arm-{slug(arm.name)}-{k}", models[: arm.seeds]
-        before = [storage.latest(each.out_dir / directory) for each in some]
-        paths = [each.make(arm, directory, k, n) for each in some]
-        compare(arm.name, "arm", paths)
-        on_rank_0(lambda: paths == before or write_report())  # noqa: B023
-    on_rank_0(lambda: print(write_report()))
-
-
-def measure_attention(config: RecipeConfig, model: Path) -> dict:
-    """The attention analysis of a model, made unless that was done with the same weights and settings."""
-    out = model.parent / "attention"
-    settings = {"sequences": config.sequences, "data_dir": config.data_dir, "device": config.device}
-    with contextlib.suppress(UserError):  # not there, or not whole
-        found = storage.read_json(out / "attention.json")
-        same = {
-            "sha256": storage.TensorFiles(model).sha256(),
-            "data_sha256": data.read_meta(config.data_dir)["splits"]["val"]["sha256"],
-            "sequences_asked": config.sequences,
-            "T": min(longest_sequence(model), LONGEST),
-            "tau": AnalyzeConfig.tau,
-            "average_first": False,
-            "lazy_below": AnalyzeConfig.lazy_below,
-        }
-        if found.get("untrained") and all(found.get(key) == value for key, value in same.items()):
-            return found
-    result = analyze(AnalyzeConfig(str(model), out=str(out), **settings))
-    print_table(result)
-    return result
-
-
-def inherit_once(source: Path, layers: str, out_dir: Path, how: dict):
-    """Inherit into out_dir/init, unless that was done. Raises UserError if it was done otherwise."""
-    out = out_dir / "init"
-    if not out.exists():
-        inherit(source, layers, out, **how)
-        return
-    found, asked = checkpoint.read_lineage(out), identity(open_sources(source, layers, **how), **how)
-    names = {"sha256": "source", "top_sha256": "top"}
-    differ = [names.get(key, key) for key in asked if found.get(key) != asked[key]]
-    if differ:
-        raise UserError(f"{out} was made with another {', '.join(differ)}; remove {out_dir} to make it anew")
+    # ---- baselines, and the report. A first report is there before the baselines are trained
+    if not (out_dir / "recipe.json").exists():
+        on_rank_0(write_report)
+    for name, model in wanted(config.baselines, n, k).items():
+        make(name, "baseline", model, f"{'-'.join(name.replace(',', '').lower().split())}-{k}")
+    machine.say(on_rank_0(write_report))
 
 
 def main():
-    watch_signals()
+    machine.watch_signals()
     config = configurator.load(RecipeConfig)
-    with process_group():
+    with machine.process_group():
         recipe(config)
 
 

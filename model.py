@@ -3,9 +3,8 @@
     python -c "from model import GPTConfig; print(GPTConfig(n_layer=24, n_head=16, n_embd=1024).num_params())"
     python -m pytest tests/test_model.py        # equals transformers' GPT-2 in float64, gradients too
 
-Every name is GPT-2's own, so that a parameter here and a tensor in a Hugging Face GPT-2 checkpoint have
-the same key ("transformer.h.0.attn.c_attn.weight"). For a method that moves layers between models, that
-is the whole trick.
+Every name is GPT-2's own, so a parameter here and a tensor in a Hugging Face GPT-2 checkpoint have the same
+key ("transformer.h.0.attn.c_attn.weight"). A method that copies layers between models needs little else.
 
 B batch   T time   C n_embd   nh heads   hs head size   L layers   V vocabulary
 """
@@ -17,6 +16,10 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+# On a CPU in bfloat16, matrix products take half the time of the fused kernel. From some length on they need too much
+# memory, since they hold the (T, T) matrices.
+PRODUCTS_UP_TO = 512  # T
 
 
 @dataclass
@@ -69,7 +72,6 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.fused = True  # False: the matrices are made, which can be faster (machine.py:pick_attention)
         self.scale = (config.n_embd // config.n_head) ** -0.5
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer_idx + 1
@@ -81,11 +83,11 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.heads(x)
-        dropout_p = self.dropout if self.training else 0.0  # neither function below asks
-        if self.fused:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=self.scale)
-        else:
+        dropout_p = self.dropout if self.training else 0.0  # the functions below do not know the mode
+        if x.device.type == "cpu" and q.dtype == torch.bfloat16 and x.shape[1] <= PRODUCTS_UP_TO:
             y = F.dropout(self.attention_weights(q, k), dropout_p) @ v  # (B, nh, T, T) @ (B, nh, T, hs)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=self.scale)
         y = y.transpose(1, 2).flatten(2)  # (B, nh, T, hs) -> (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -96,7 +98,7 @@ class CausalSelfAttention(nn.Module):
         return (logits + future).softmax(-1)  # a sum compiles to faster code than masked_fill
 
     def matrix(self, x):
-        """The attention matrices (B, nh, T, T) that `forward` applies to x (B, T, C) and, if fused, never holds."""
+        """The attention matrices (B, nh, T, T) of x (B, T, C). The fused kernel of `forward` never holds them."""
         q, k, _ = self.heads(x)
         return self.attention_weights(q, k)
 
@@ -176,10 +178,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def attention_matrices(self, idx):
-        """Yield the attention matrices (B, nh, T, T) of layer 0, 1, ..., computed one layer at a time.
-
-        As attention that is not fused computes them: tests/test_model.py shows that the fused kernel agrees.
-        """
+        """Yield the attention matrices (B, nh, T, T) of layer 0, 1, ..., one layer at a time."""
         x = self.embed(idx)
         for block in self.transformer.h:
             yield block.attn.matrix(block.ln_1(x))

@@ -38,11 +38,11 @@ import tiktoken
 import tyro
 from tqdm import tqdm
 
-import configurator
+from plumbing import configurator
 import corpus
 import data
-import storage
-from configurator import UserError
+from plumbing import storage
+from plumbing.configurator import UserError
 from data import FORMAT, tokenizer
 
 JOB_TOKENS = 2**16  # about what a worker encodes at a time

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 import tyro
 
-import checkpoint
-import configurator
+from plumbing import checkpoint
+from plumbing import configurator
 import data
-import storage
-from configurator import UserError
-from figures import animate_collapse, plot_arms, plot_collapse, plot_losses, plot_ranks
+from plumbing import storage
+from plumbing.configurator import UserError
+from plumbing.figures import animate_collapse, plot_arms, plot_collapse, plot_losses, plot_ranks
 
 
 @dataclass

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 import tyro
 
-import checkpoint
-import configurator
+from plumbing import checkpoint
+from plumbing import configurator
 import data
-import storage
-from configurator import UserError
-from machine import pick_device
+from plumbing import storage
+from plumbing.configurator import UserError
+from plumbing.machine import pick_device
 
 
 @dataclass

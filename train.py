@@ -1,334 +1,395 @@
-"""Train one model: from scratch, from a checkpoint or a part of one, or resumed. The loop reads top to bottom.
+"""Train one model: from scratch, from a checkpoint, or resumed. The loop at the end reads top to bottom.
 
-    python train.py config/demo.toml --out_dir=out/mine --max_steps=100    # minutes on a laptop's CPU
+    python train.py config/demo.toml --out_dir=out/mine --max_steps=100    # a minute on a laptop's CPU
     python train.py config/demo.toml --out_dir=out/mine --max_steps=100 --resume
     torchrun --standalone --nproc_per_node=4 train.py config/demo.toml --out_dir=out/mine --micro_batch=8
-    python train.py config/demo.toml --out_dir=out/pupil --n_layer=4 --teacher=out/mine    # distil it
-    python train.py --init_from=out/mine --data_dir=data/demo --eval_only  # its validation loss, once
+    python train.py config/demo.toml --out_dir=out/student --n_layer=4 --teacher=out/mine    # distillation
+    python train.py --init_from=out/mine --data_dir=data/demo --eval_only  # its validation loss
 
-It leaves checkpoints (out_dir/step-*/) and out_dir/metrics.jsonl. A step is one update of the weights: max_steps are
-made, and the weights after the last one are evaluated and saved.
+It writes checkpoints (out_dir/step-*/) and out_dir/metrics.jsonl. A step is one update of the weights. After the last
+of max_steps the weights are evaluated and saved.
 """
 
-import contextlib
 import functools
 import itertools
 import math
 import signal
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 from tqdm import tqdm
 
-import attention
-import checkpoint
-import configurator
 import data
-import machine
-import storage
-from configurator import UserError
 from model import GPT, GPTConfig
-from objective import distillation_loss, evaluate, learning_rate, load_teacher, stable_steps
-from update import check_finite, make_optimizer, update_weights
+from plumbing import checkpoint, configurator, machine, storage
+from plumbing.configurator import UserError, may_change
+
+# ---------------------------------------------------------------------------------------------------------
+# Settings
+
+# every option of GPTConfig (model.py); None: init_from's value, or else GPTConfig's default
+ModelOptions = make_dataclass("ModelOptions", [(f.name, f.type | None, field(default=None)) for f in fields(GPTConfig)])
 
 
 @dataclass
-class TrainConfig:
-    """Train one GPT-2 on a prepared data directory."""
+class TrainConfig(ModelOptions):
+    """Train one GPT-2 on a prepared data directory. Model options that are not set are those of init_from."""
 
-    out_dir: str = "out/run"  # checkpoints and metrics go here
-    data_dir: str = "data/python"  # made by prepare_data.py
-    init_from: str = "scratch"  # or a checkpoint, a run directory or a name on the hub: its weights and shape
-    resume: Literal["auto", True, False] = False  # go on from out_dir's latest checkpoint; auto: if there is one
-    override: str = ""  # settings, comma between, that a resumed run may have otherwise than before; or data
-    eval_only: bool = False  # print the validation loss of init_from and stop
+    out_dir: str = may_change("out/run")  # checkpoints and metrics
+    data_dir: str = may_change("data/python")  # made by prepare_data.py; its tokens may not change
+    init_from: str = may_change("scratch")  # or a checkpoint, a run directory or a name on the hub
+    resume: Literal["auto", True, False] = may_change(False)  # from out_dir's latest checkpoint; auto: if it has one
+    override: str = may_change("")  # comma-separated settings allowed to differ on resume
+    eval_only: bool = may_change(False)  # print the validation loss of init_from and stop
 
-    # model: for each of these, None takes init_from's value, or else GPTConfig's default
-    n_layer: int | None = None
-    n_head: int | None = None
-    n_embd: int | None = None
-    block_size: int | None = None  # T, tokens of a sequence
-    vocab_size: int | None = None
-    bias: bool | None = None
-    scale_attn_by_inverse_layer_idx: bool | None = None
-    dropout: float = 0.0
-
-    # optimization: part of the experiment
+    # optimization: part of the experiment. The defaults are the paper's (appendix F), but for its batch sizes
     tokens_per_step: int = 49_152  # over all processes: 48 sequences of 1,024
-    max_steps: int = 100_000
+    max_steps: int = 100_000  # updates
     lr: float = 6e-4  # peak learning rate, reached after the warm-up
-    min_lr: float = 1e-5  # where the schedule ends
+    min_lr: float = 1e-5  # at the end of the schedule
     warmup_steps: int = 2_000
-    schedule: Literal["cosine", "wsd"] = "cosine"  # after the warm-up; wsd: stable, then a linear decay
-    decay_fraction: float = 0.5  # wsd: the share of max_steps, at the end, in which the rate falls
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, then a linear decay (ours)
+    decay_fraction: float = 0.5  # wsd: the share of max_steps, at the end, in which the rate decays
     beta1: float = 0.9
     beta2: float = 0.95
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0  # largest norm of the gradient; 0 switches it off
+    weight_decay: float = 0.1  # of matrices and embeddings
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     seed: int = 1337  # of the fresh weights, the order of the data and dropout
 
-    # distillation: the loss is alpha · cross-entropy + (1 - alpha) · tau² · KL to the teacher's distribution
-    teacher: str = ""  # a checkpoint, a run directory or a name on the hub
-    alpha: float = 0.5
-    tau: float = 2.0  # the temperature of both distributions
+    # distillation: the loss is alpha * cross-entropy + (1 - alpha) * tau^2 * KL to the teacher (appendix D)
+    teacher: str = may_change("")  # a checkpoint, a run directory or a name on the hub
+    alpha: float = 0.6
+    tau: float = 1.0  # temperature of both distributions
 
-    # machine and habits: none of these changes what is learned
-    micro_batch: int = 8  # sequences at a time on one process; only a matter of memory
-    eval_interval: int = 1_000  # steps between walks over the validation data
-    save_interval: int = 1_000  # steps between checkpoints
-    keep_checkpoints: int = 1  # the newest ones; older ones are deleted
-    log_interval: int = 10  # steps between lines in metrics.jsonl
-    track_rank: bool = False  # log the attention rank and columns of every layer at each evaluation
-    device: str = "auto"  # cuda, mps or cpu
+    # machine: none of these changes what is learned
+    micro_batch: int = may_change(8)  # sequences at a time on one process; only a matter of memory
+    eval_interval: int = may_change(1_000)  # steps between evaluations on all validation windows
+    save_interval: int = may_change(1_000)  # steps between checkpoints
+    keep_checkpoints: int = may_change(1)  # the newest ones; older ones are deleted
+    log_interval: int = may_change(10)  # steps between lines in metrics.jsonl
+    track_rank: bool = may_change(False)  # log every layer's attention measures at each evaluation
+    device: str = may_change("auto")  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of the arithmetic
-    compile: Literal["auto", True, False] = "auto"  # torch.compile
-    gradient_checkpointing: bool = False  # compute each block again for its gradient: less memory, a third slower
-    deterministic: bool = False  # GPU: the same bits again, slower; on a CPU they are the same anyway
+    compile: Literal["auto", True, False] = may_change("auto")  # torch.compile
+    gradient_checkpointing: bool = may_change(False)  # less memory, a third slower
+    deterministic: bool = may_change(False)  # GPU: the same bits again, slower; a CPU gives them anyway
 
     def __post_init__(self):
-        counts = "tokens_per_step max_steps micro_batch eval_interval save_interval keep_checkpoints log_interval"
-        bounds = dict.fromkeys(counts.split(), (1, math.inf)) | {
-            "warmup_steps": (0, self.max_steps), "lr": (0, 1e6), "min_lr": (0, self.lr), "seed": (0, 2**32 - 1),
-            "beta1": (0, 0.999999), "beta2": (0, 0.999999), "grad_clip": (0, 1e6), "weight_decay": (0, 1e6),
-            "decay_fraction": (0, 1), "alpha": (0, 1), "tau": (1e-3, 1e3),
-        }  # fmt: skip
-        for key, (least, most) in bounds.items():
-            if not least <= getattr(self, key) <= most:  # written so that nan is out of bounds too
-                raise UserError(f"{key} is {getattr(self, key)}, expected {least} to {most}")
-        if self.schedule == "wsd" and self.warmup_steps > stable_steps(self):
+        for key in ("tokens_per_step", "max_steps", "micro_batch", "eval_interval", "save_interval", "log_interval"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key} is {getattr(self, key)}, expected at least 1")
+        end = stable_steps(self) or self.max_steps
+        if not (0 <= self.min_lr <= self.lr and 0 <= self.warmup_steps <= end):
             raise UserError(
-                f"warmup_steps {self.warmup_steps} end after the decay begins, at step {stable_steps(self)}"
+                f"lr {self.lr}, min_lr {self.min_lr}, warmup_steps {self.warmup_steps}; expected 0 <= min_lr <= lr "
+                f"and a warm-up that ends by step {end}"
             )
         for key in filter(None, self.override.split(",")):
-            configurator.check_key(key, [*self.__dataclass_fields__, "data"], "override")
-        if self.eval_only and self.init_from == "scratch":
-            raise UserError("eval_only needs a model: --init_from=CHECKPOINT_OR_RUN_DIRECTORY")
+            configurator.check_key(key, [f.name for f in fields(self)] + ["data"], "override")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Helpers of the loop
+# ---------------------------------------------------------------------------------------------------------
+# What a step is made of: schedule, loss, batches, update
 
 
-def build_model(config: TrainConfig, meta: dict, dtype: torch.dtype) -> tuple[GPT, dict]:
-    """The model to start from, on the CPU, and where it comes from: fresh weights of the seed, or init_from's."""
-    asked = {f.name: value for f in fields(GPTConfig) if (value := getattr(config, f.name)) is not None}
-    if config.init_from == "scratch":
-        try:
-            torch.manual_seed(config.seed)
-            return GPT(GPTConfig(**asked)).to(dtype), {}
-        except ValueError as error:
-            raise UserError(str(error)) from None
-    path = storage.resolve(config.init_from)
-    checkpoint.check_tokenizer(path, meta)
-    model = checkpoint.load_model(path, dtype, config.dropout)
-    found = asdict(model.config)
-    differ = [f"{key}: checkpoint {found[key]}, settings {asked[key]}" for key in asked if found[key] != asked[key]]
-    if differ:
-        raise UserError(f"{path} is not the model asked for: {'; '.join(differ)}")
-    return model, checkpoint.provenance(path)
+def stable_steps(config: TrainConfig) -> int:
+    """The number of updates before the learning rate of a "wsd" schedule begins to decay; 0 for a cosine."""
+    return config.max_steps - round(config.decay_fraction * config.max_steps) if config.schedule == "wsd" else 0
 
 
-# ----------------------------------------------------------------------------------------------------------
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Rate of update `step`, counted from 0: a linear warm-up to lr, then the schedule down to min_lr.
+
+    "cosine": half a cosine (paper, appendix F). "wsd": warm-up, stable, linear decay (arXiv 2405.18392).
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    start = stable_steps(config) or config.warmup_steps
+    progress = max(0, step - start) / max(1, config.max_steps - 1 - start)  # from 0 to 1
+    share = 1 - progress if config.schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + (config.lr - config.min_lr) * share
+
+
+def distillation_loss(logits, targets, teacher_logits, alpha: float, tau: float):
+    """alpha * cross-entropy + (1 - alpha) * tau^2 * KL(teacher, student), the mean over tokens in nats: a scalar.
+
+    logits (B, T, V), targets (B, T). tau^2 keeps the size of the KL's gradient (arXiv 1503.02531, section 2).
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)  # no loss in half precision
+    logits, teacher_logits = (t.to(wide).flatten(0, 1) for t in (logits, teacher_logits))  # (B*T, V)
+    student, teacher = (F.log_softmax(t / tau, dim=-1) for t in (logits, teacher_logits))
+    divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return alpha * F.cross_entropy(logits, targets.flatten()) + (1 - alpha) * tau**2 * divergence
+
+
+def step_batches(config: TrainConfig, tokens: np.ndarray, step: int, device: torch.device):
+    """Yield this process's micro-batches (x, y), each (B, T), of update `step`, and seed the dropout of each."""
+    rank, world_size = machine.rank_and_world_size()
+    T = config.block_size
+    starts = data.train_starts(len(tokens), T, config.seed, step, config.tokens_per_step // T)
+    starts = starts.reshape(-1, world_size, config.micro_batch)[:, rank]
+    for micro_step, micro_starts in enumerate(starts):
+        if config.dropout:  # the same masks whenever this step is made again
+            seeds = np.random.SeedSequence([config.seed, step, rank, micro_step])
+            torch.manual_seed(int(seeds.generate_state(1)[0]))
+        yield tuple(machine.send(t, device) for t in data.windows(tokens, micro_starts, T))
+
+
+def training_loss(config: TrainConfig, parallel, teacher, autocast, x, y, is_last: bool):
+    """The loss of a micro-batch (B, T), a scalar. DDP averages gradients only on the last one of a step."""
+    parallel.require_backward_grad_sync = is_last
+    with autocast:
+        if teacher is None:
+            return parallel(x, y)
+        with torch.no_grad():
+            teacher_logits = teacher(x)  # (B, T, V)
+        return distillation_loss(parallel(x), y, teacher_logits, config.alpha, config.tau)
+
+
+def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (paper, appendix F), one kernel for all parameters."""
+    groups = model.param_groups(config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    optimizer.found_inf = torch.zeros((), device=model.transformer.wte.weight.device)  # 1: the kernel does nothing
+    return optimizer
+
+
+def train_step(model, optimizer, scaler, grad_clip: float, loss_of, batches, accumulation: int, mark=lambda part: None):
+    """One update on `accumulation` micro-batches (x, y). Returns (loss, gradient norm), on the device.
+
+    loss_of(x, y, is_last) is a mean over tokens. mark(part) is called after each part: bench.py times this function.
+    Once a gradient norm is non-finite, this and all later updates are skipped by the optimizer's kernel, so the CPU
+    need not wait for the device at each step. With a GradScaler (float16) only that one is skipped.
+    """
+    total = 0.0
+    for i, (x, y) in enumerate(batches, start=1):
+        mark("data")
+        loss = loss_of(x, y, i == accumulation) / accumulation
+        mark("forward")
+        scaler.scale(loss).backward()
+        mark("backward")
+        total = total + loss.detach()
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)  # 0: no clipping
+    if hasattr(optimizer, "found_inf") and not scaler.is_enabled():  # an enabled scaler sets it itself
+        optimizer.found_inf = torch.maximum(optimizer.found_inf, (~grad_norm.isfinite()).float())
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    mark("optimizer")
+    return total, grad_norm
+
+
+def check_finite(optimizer, scaler, grad_norm, out_dir: Path):
+    """Wait for the device. Raises UserError, exit code 1, if updates were skipped for a non-finite gradient."""
+    if scaler.get_scale() < 1 if scaler.is_enabled() else optimizer.found_inf:  # the scaler tries smaller scales
+        made, kept = int(next(iter(optimizer.state.values()))["step"]), storage.steps(out_dir)
+        raise UserError(
+            f"step {made}: non-finite gradient norm ({grad_norm.item()}), no update was made since; "
+            f"last good checkpoint: {kept[-1] if kept else 'none'}; lower lr or warm up longer",
+            exit_code=1,
+        )
+
+
+@torch.no_grad()
+def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast, may_stop=False) -> np.ndarray | None:
+    """Loss of every validation window, in nats per token: float64 (windows,), the same for any batch, to rounding.
+
+    Each process evaluates its share of the windows and gets all results. None if it may_stop and a signal asks to.
+    """
+    rank, world_size = machine.rank_and_world_size()
+    T = model.config.block_size
+    starts = data.val_starts(len(tokens), T)
+    losses = torch.zeros(len(starts), dtype=torch.float64)
+    mine = np.arange(rank, len(starts), world_size)
+    model.eval()
+    for i in range(0, -(-len(starts) // world_size), micro_batch):  # the same number of turns on each process
+        if may_stop and machine.stop_requested():
+            return None
+        batch = mine[i : i + micro_batch]
+        if len(batch) == 0:
+            continue
+        x, y = data.windows(tokens, starts[batch], T)
+        with autocast:
+            loss = model(x.to(device), y.to(device), reduction="none")  # (B, T)
+        losses[batch] = loss.cpu().double().mean(1)
+    model.train()
+    if world_size > 1:  # each window is zero on all processes but one
+        dist.all_reduce(losses)
+    return losses.numpy()
+
+
+def save(config: TrainConfig, meta: dict, model, optimizer, scaler, state: dict, lineage: dict, losses) -> Path:
+    """Publish the checkpoint of a step with all that resuming needs, and delete older ones. Returns its path."""
+    path, device = Path(config.out_dir) / f"step-{state['step']:08d}", next(model.parameters()).device
+    state |= {"scaler": scaler.state_dict(), "settings": asdict(config), "versions": machine.versions(device)}
+    files = {"trainer_state.json": state} | ({"lineage.json": lineage} if lineage else {})
+    if losses is not None:  # of every validation window, so that two models can be compared pair by pair
+        text = {"data": state["made_from"]["data"]["val"], "block_size": config.block_size}
+        files["val_losses.json"] = text | {"losses": losses.tolist()}
+    machine.on_rank_0(checkpoint.save, path, model, meta["tokenizer"], meta["eot"], optimizer, files)
+    spare = path.with_name(f"step-{stable_steps(config):08d}")  # a "wsd" run's last checkpoint before its decay
+    machine.on_rank_0(storage.prune, path.parent, config.keep_checkpoints, spare)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------
 # One run
 
 
-def train(config: TrainConfig) -> Path | None:
-    """Train as configured; return the last checkpoint, which a finished run that is resumed already has.
-
-    With eval_only, print the validation loss of init_from and return None. Raises UserError, also when a signal
-    stopped the run, which has then been saved.
-    """
-    with contextlib.ExitStack() as until_the_end:
-        return run(config, until_the_end)
-
-
-def run(config: TrainConfig, until_the_end: contextlib.ExitStack) -> Path | None:
-    """`train`, with a stack for what has to be closed however it ends."""
-    # ---- machine
-    rank, world_size = machine.rank_and_world_size()
-    say = tqdm.write if rank == 0 else lambda _: None  # tqdm's write leaves the progress bar whole
-    device = machine.pick_device(config.device)
-    if config.deterministic:
-        machine.make_deterministic()
-    dtype, dtype_reason = machine.pick_dtype(config.dtype, device)
-    mixed = dtype in (torch.bfloat16, torch.float16)  # float32 weights, faster arithmetic where it is safe
-    autocast = torch.autocast(device.type, dtype) if mixed else contextlib.nullcontext()
-
-    # ---- model and data
+def set_up(config: TrainConfig):
+    """(hardware, the data's meta.json, model, teacher or None, where both come from). Raises UserError."""
+    hardware = machine.pick(config.device, config.dtype, config.deterministic)
     meta = machine.on_rank_0(data.verify, config.data_dir)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    model, lineage = build_model(config, meta, wide)
-    flops = model.config.flops_per_token()
-    teacher = None
+    options = {f.name: value for f in fields(GPTConfig) if (value := getattr(config, f.name)) is not None}
+    model, lineage = checkpoint.open_model(config.init_from, meta, hardware.wide, options, config.seed)
+    teacher, taught_by = None, {}
     if config.teacher:
-        teacher, taught_by = load_teacher(config.teacher, meta, model.config, wide)
-        flops += teacher.config.flops_per_token() // 3  # its forward pass: 2 of the 6 for each weight
-        lineage = checkpoint.with_teacher(lineage, taught_by)
-    total_tokens = 0 if config.eval_only else config.max_steps * config.tokens_per_step
-    compiled, compile_reason = machine.pick_compile(config.compile, device, total_tokens * flops)
-    machine.keep_freed_memory(device)
-    torch.compiler.reset()  # an earlier model of a recipe must not use up the limit of recompilations
-    for network in filter(None, (model, teacher)):
-        network.to(device)
-        machine.pick_attention(network, compiled, device, dtype)
-        if compiled:
-            network.compile(dynamic=False)  # in place: the parameters keep their names
+        same = {key: getattr(model.config, key) for key in ("vocab_size", "block_size")}
+        teacher, taught_by = checkpoint.open_model(config.teacher, meta, hardware.wide, same)
     model.gradient_checkpointing = config.gradient_checkpointing
-    T = model.config.block_size
-    val_tokens = data.open_tokens(config.data_dir, "val", T, model.config.vocab_size)
-    if config.eval_only:
-        losses = evaluate(model, val_tokens, config.micro_batch, device, autocast)
-        mean, error = data.mean_and_error(losses)
-        say(f"{config.init_from}: val loss {mean!r} ± {error:.4f} nats ({len(losses)} windows of {T} tokens)")
-        return None
-    train_tokens = data.open_tokens(config.data_dir, "train", T, model.config.vocab_size)
-    accumulation = data.accumulation(config.tokens_per_step, config.micro_batch, T, world_size)
+    flops = 0 if config.eval_only else config.max_steps * config.tokens_per_step * model.config.flops_per_token()
+    reason = machine.prepare([model, teacher] if teacher else [model], config.compile, flops, hardware)
+    machine.say(
+        f"{config.out_dir}: {model.config.n_layer} layers, {model.config.num_params():,} parameters, "
+        f"from {config.init_from}{f', taught by {config.teacher}' if teacher else ''}\n"
+        f"  {config.max_steps:,} steps x {config.tokens_per_step:,} tokens, {flops:.3g} FLOPs; {reason}"
+    )
+    return hardware, meta, model, teacher, {"init_from": lineage, "teacher": taught_by}
 
-    # ---- optimizer
+
+def loop(config: TrainConfig) -> Path:
+    """Train until max_steps or a signal. Returns the last checkpoint. Raises UserError."""
+    # ---- set up: machine, data, model, optimizer
+    hardware, meta, model, teacher, lineages = set_up(config)
+    config = replace(config, dtype=str(hardware.dtype), **asdict(model.config))  # no None and no "auto"
+    device, T, out_dir = hardware.device, config.block_size, Path(config.out_dir)
+    train_tokens, val_tokens = (data.open_tokens(config.data_dir, s, T, config.vocab_size) for s in ("train", "val"))
+    rank, world_size = machine.rank_and_world_size()
+    accumulation = data.accumulation(config.tokens_per_step, config.micro_batch, T, world_size)
     optimizer = make_optimizer(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=hardware.dtype == torch.float16)
+    flops_per_token = model.config.flops_per_token()
+    if teacher:
+        flops_per_token += teacher.config.flops_per_token() // 3  # its forward pass: 2 of the 6 FLOPs of each weight
 
     # ---- resume
-    out_dir = Path(config.out_dir)
-    settings = asdict(config) | asdict(model.config) | {
-        "dtype": str(dtype), "data": data.fingerprint(meta), "init_from": checkpoint.origin(lineage),
-        "teacher": checkpoint.origin(lineage.get("teacher", {})),
-    }  # fmt: skip
-    start_step, evaluated_at, best = 0, None, {"loss": math.inf, "step": None}
-    machine.on_rank_0(lambda: until_the_end.enter_context(storage.lock(out_dir)))
-    resume_from = machine.on_rank_0(checkpoint.to_resume, out_dir, config.resume)
-    if resume_from:
-        state = checkpoint.read_state(resume_from)
-        checkpoint.check_same(settings, state["settings"], config.override, resume_from)
-        if state["step"] > config.max_steps:
-            raise UserError(f"{resume_from} is beyond max_steps {config.max_steps}; raise it or use another out_dir")
-        checkpoint.load_training(resume_from, model, optimizer)
-        start_step, evaluated_at, best = state["step"], state["evaluated_at"], state["best"]
-        if state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
+    made_from = {key: checkpoint.identity(lineages[key]) for key in lineages} | {"data": data.fingerprint(meta)}
+    start_step, evaluated_at = 0, None
+    path = machine.on_rank_0(checkpoint.to_resume, out_dir, config.resume)
+    if path:
+        fixed = {f.name: getattr(config, f.name) for f in fields(config) if not f.metadata.get("may_change")}
+        state = checkpoint.resume(path, model, optimizer, scaler, fixed | made_from, config.override.split(","))
+        start_step, evaluated_at = state["step"], state["evaluated_at"]
+        machine.say(f"resuming from {path}: step {start_step} of {config.max_steps}")
         if start_step == config.max_steps:
-            say(f"{resume_from}: already at step {start_step} of {config.max_steps}")
-            return resume_from
-        say(f"resuming from {resume_from}")
-    elif lineage.get("moments"):
-        checkpoint.load_moments(storage.resolve(config.init_from), model, optimizer)
-    machine.on_rank_0(checkpoint.forget_after, out_dir, start_step)
-    log = functools.partial(storage.append_json, out_dir / "metrics.jsonl") if rank == 0 else lambda _: None
-    made_by = machine.versions(device) | {"processes": world_size}
+            return path
+    elif lineages["init_from"].get("moments"):
+        checkpoint.load_optimizer(storage.resolve(config.init_from), model, optimizer)
+
+    # ---- loop: `step` updates have been made
     parallel = machine.distribute(model, device)
-
-    say(
-        f"{out_dir}: {model.config.n_layer} layers, {model.config.num_params():,} parameters, from {config.init_from}"
-        f"{f', taught by {config.teacher}' if teacher else ''}\n"
-        f"  {config.max_steps:,} steps x {config.tokens_per_step:,} tokens = {total_tokens:,} tokens "
-        f"({total_tokens / len(train_tokens):.2f} epochs), {total_tokens * flops:.3g} FLOPs\n"
-        f"  a step: {world_size} process(es) x {accumulation} micro-batches x {config.micro_batch} sequences x {T}\n"
-        f"  {device}, {str(dtype).removeprefix('torch.')}: {dtype_reason}; "
-        f"torch.compile {'on' if compiled else 'off'}: {compile_reason}"
-    )
-
-    # ---- loop: `step` counts the updates made so far
-    model.train()
-    stable = stable_steps(config) if config.schedule == "wsd" else 0  # the checkpoint after so many steps is kept
+    loss_of = functools.partial(training_loss, config, parallel, teacher, hardware.autocast)
+    stable = stable_steps(config)  # the checkpoint after so many steps is kept
+    log = functools.partial(storage.append_json, out_dir / "metrics.jsonl") if rank == 0 else lambda _: None
     progress = tqdm(total=config.max_steps, initial=start_step, unit="step", disable=None if rank == 0 else True)
-    updates = []  # (rate, loss, gradient norm) of each since the CPU last looked; loss and norm are on the device
-    logged_step, training_s, t0 = start_step, 0.0, time.perf_counter()
+    timed_from, t0 = start_step, time.perf_counter()
+    model.train()
     for step in itertools.count(start_step):
-        last = step == config.max_steps
-        tokens = step * config.tokens_per_step
-        stop = machine.stop_requested()
-        to_log = step % config.log_interval == 0
+        stop, last = machine.stop_requested(), step == config.max_steps
+        to_log = step % config.log_interval == 0 and step > start_step
         to_evaluate = (step % config.eval_interval == 0 or step == stable or last) and evaluated_at != step
-        to_save = step % config.save_interval == 0 or step == stable or last or stop
-        if updates and (to_log or to_evaluate or to_save):  # no other step waits for the device
-            rate, train_loss, grad_norm = updates[-1]
-            check_finite([norm for *_, norm in updates], step, scaler, out_dir)
-            training_s += time.perf_counter() - t0
-            updates.clear()
-            if to_log:
-                if world_size > 1:
-                    dist.all_reduce(train_loss)
-                line = {
-                    "step": step, "tokens": tokens, "train_loss": train_loss.item() / world_size, "lr": rate,
-                    "grad_norm": grad_norm.item() if grad_norm.isfinite() else None,
-                    "tokens_per_s": round((step - logged_step) * config.tokens_per_step / training_s),
-                }  # fmt: skip
-                log(line)
-                progress.set_postfix(loss=f"{line['train_loss']:.3f}", tokens_per_s=line["tokens_per_s"])
-                logged_step, training_s = step, 0.0
+        to_save = (step % config.save_interval == 0 or step == stable or last or stop) and step > start_step
+        counts = {"step": step, "tokens": step * config.tokens_per_step}
+
+        # ---- guard and log. On all other steps the CPU does not wait for the device
+        if step > start_step and (to_log or to_evaluate or to_save):
+            check_finite(optimizer, scaler, grad_norm, out_dir)
+        if to_log:
+            if world_size > 1:
+                dist.all_reduce(loss)
+            speed = round((step - timed_from) * config.tokens_per_step / (time.perf_counter() - t0))
+            line = counts | {"train_loss": loss.item() / world_size, "lr": rate, "tokens_per_s": speed}
+            log(line | {"grad_norm": grad_norm.item() if grad_norm.isfinite() else None})
+            progress.set_postfix(loss=f"{line['train_loss']:.3f}", tokens_per_s=speed)
+            timed_from, t0 = step, time.perf_counter()
+
+        # ---- validation: the mean over all windows, which are always the same
         if to_evaluate:
-            data.read_meta(config.data_dir)  # still the files that the run began with?
-            losses = evaluate(model, val_tokens, config.micro_batch, device, autocast, may_stop=not last)
-            if losses is None:
-                stop = machine.stop_requested()
-            else:
+            losses = evaluate(model, val_tokens, config.micro_batch, device, hardware.autocast, may_stop=not last)
+            stop = stop or machine.stop_requested()
+            if losses is not None:
                 val_loss, error = data.mean_and_error(losses)
-                best = min(best, {"loss": val_loss, "step": step}, key=lambda evaluation: evaluation["loss"])
-                log({"step": step, "tokens": tokens, "val_loss": val_loss, "val_se": error})
+                log(counts | {"val_loss": val_loss, "val_se": error})
                 if config.track_rank and rank == 0:
-                    log({"step": step, "tokens": tokens, **attention.collapse(model, val_tokens)})
-                say(f"  step {step:>6,} of {config.max_steps:,}: val loss {val_loss:.4f} ± {error:.4f}")
+                    import analyze_attention  # imported where it is used: training needs none of it
+
+                    log(counts | analyze_attention.track(model, val_tokens))
+                machine.say(f"  step {step:>6,} of {config.max_steps:,}: val loss {val_loss:.4f} ± {error:.4f}")
                 evaluated_at = step
-        if (to_save or stop) and step > start_step:
-            state = {
-                "format": storage.FORMAT, "step": step, "tokens": tokens, "flops": tokens * flops,
-                "evaluated_at": evaluated_at, "best": best, "stable": step <= stable, "scaler": scaler.state_dict(),
-                "settings": settings, "versions": made_by,
-            }  # fmt: skip
-            files = {"trainer_state.json": state} | ({"lineage.json": lineage} if lineage else {})
-            if evaluated_at == step:
-                files["val_losses.json"] = {"data": settings["data"]["val"], "block_size": T, "losses": losses.tolist()}
-            path = out_dir / f"step-{step:08d}"
-            machine.on_rank_0(checkpoint.save, path, model, meta["tokenizer"], meta["eot"], optimizer, files)
-            machine.on_rank_0(storage.prune, out_dir, config.keep_checkpoints, out_dir / f"step-{stable:08d}")
+
+        # ---- checkpoint, and the end of the run
+        if to_save or stop and step > start_step:
+            state = counts | {"flops": counts["tokens"] * flops_per_token, "evaluated_at": evaluated_at,
+                              "stable": step <= stable, "made_from": made_from}
+            losses = losses if evaluated_at == step else None
+            path = save(config, meta, model, optimizer, scaler, state, lineages["init_from"], losses)
         if stop:
             saved = f"saved {path}" if step > start_step else "nothing new to save"
             raise UserError(f"stopped by {signal.Signals(stop).name}; {saved}", exit_code=128 + stop)
         if last:
             progress.close()
             return path
+        if to_evaluate or to_save:
+            timed_from, t0 = step, time.perf_counter()
 
-        if not updates:  # nothing is under way
-            t0 = time.perf_counter()
+        # ---- one update
         rate = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        starts = data.train_starts(len(train_tokens), T, config.seed, step, config.tokens_per_step // T)
-        starts = starts.reshape(accumulation, world_size, config.micro_batch)[:, rank]  # this process's share
-        train_loss = 0.0
-        for micro_step, micro_starts in enumerate(starts):
-            if config.dropout > 0:  # the same masks whenever this step is made again
-                seeds = np.random.SeedSequence([config.seed, step, rank, micro_step])
-                torch.manual_seed(int(seeds.generate_state(1)[0]))
-            x, y = (machine.send(t, device) for t in data.windows(train_tokens, micro_starts, T))  # (B, T) each
-            more_to_come = world_size > 1 and micro_step + 1 < accumulation
-            with parallel.no_sync() if more_to_come else contextlib.nullcontext():  # average gradients once a step
-                with autocast:
-                    if teacher is None:
-                        loss = parallel(x, y)
-                    else:
-                        with torch.no_grad():
-                            teacher_logits = teacher(x)
-                        loss = distillation_loss(parallel(x), y, teacher_logits, config.alpha, config.tau)
-                    loss = loss / accumulation
-                scaler.scale(loss).backward()
-            train_loss = train_loss + loss.detach()
-        grad_norm = update_weights(model, optimizer, scaler, config.grad_clip)
-        updates.append((rate, train_loss, grad_norm))
+        batches = step_batches(config, train_tokens, step, device)
+        loss, grad_norm = train_step(model, optimizer, scaler, config.grad_clip, loss_of, batches, accumulation)
         progress.update()
+
+
+def train(config: TrainConfig) -> Path | None:
+    """Train as configured. Returns the last checkpoint, also of a run that was already finished.
+
+    Raises UserError, also when a signal stopped the run, which has then been saved.
+    """
+    lock = storage.Lock(config.out_dir)
+    machine.on_rank_0(lock.acquire)
+    try:
+        return loop(config)
+    except torch.OutOfMemoryError:
+        raise UserError(f"out of memory; lower --micro_batch (now {config.micro_batch})", exit_code=1) from None
+    finally:
+        lock.release()
+
+
+def evaluate_only(config: TrainConfig):
+    """Print the validation loss of init_from, in nats per token."""
+    hardware, _, model, _, _ = set_up(config)
+    tokens = data.open_tokens(config.data_dir, "val", model.config.block_size, model.config.vocab_size)
+    losses = evaluate(model, tokens, config.micro_batch, hardware.device, hardware.autocast)
+    mean, error = data.mean_and_error(losses)
+    machine.say(f"{config.init_from}: val loss {mean!r} ± {error:.4f}, {len(losses)} windows")
 
 
 def main():
     config = configurator.load(TrainConfig)
-    if not config.eval_only:  # which has nothing to save
-        machine.watch_signals()
     with machine.process_group():
-        train(config)
+        if config.eval_only:
+            evaluate_only(config)
+        else:
+            machine.watch_signals()
+            train(config)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-import configurator
+from plumbing import configurator
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent

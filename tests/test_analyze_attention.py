@@ -17,11 +17,11 @@ from test_attention import svd_rank, tiny
 
 import analyze_attention
 import attention
-import checkpoint
+from plumbing import checkpoint
 import inherit
 import report
 import train
-from configurator import UserError
+from plumbing.configurator import UserError
 
 
 def test_attention_that_is_not_finite_is_an_error_that_names_layer_and_head():

@@ -6,10 +6,10 @@ import torch
 from conftest import TINY, call_script, options, read_metrics
 from safetensors.torch import load_file
 
-import checkpoint
+from plumbing import checkpoint
 import inheritune
 import report
-import storage
+from plumbing import storage
 import train
 from model import GPT
 

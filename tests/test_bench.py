@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from test_train import run
 
 import bench
-import checkpoint
+from plumbing import checkpoint
 import data
-import machine
+from plumbing import machine
 from model import GPTConfig
 
 CPU = torch.device("cpu")

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import checkpoint
-import storage
-from configurator import UserError
+from plumbing import checkpoint
+from plumbing import storage
+from plumbing.configurator import UserError
 
 
 def equal(a, b) -> bool:

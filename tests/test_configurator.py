@@ -9,8 +9,8 @@ import pytest
 import tyro
 from conftest import ROOT
 
-import configurator
-from configurator import UserError
+from plumbing import configurator
+from plumbing.configurator import UserError
 
 
 @dataclass

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import corpus
 import data
 import prepare_data
-from configurator import UserError
+from plumbing.configurator import UserError
 
 
 def read(data_dir, split="train"):

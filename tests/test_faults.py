@@ -16,11 +16,11 @@ import torch
 from conftest import ROOT, TINY, call_script, options, read_metrics, run_script
 from test_train import distance, equal, losses, run
 
-import checkpoint
-import machine
-import storage
+from plumbing import checkpoint
+from plumbing import machine
+from plumbing import storage
 import train
-from configurator import UserError
+from plumbing.configurator import UserError
 
 
 def start(data_dir, out_dir, *extra, processes=1, **changes) -> subprocess.Popen:

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-import checkpoint
+from plumbing import checkpoint
 import data
 import hf_tokenizer
-import storage
-from configurator import UserError
+from plumbing import storage
+from plumbing.configurator import UserError
 from inherit import inherit
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"

@@ -10,10 +10,10 @@ from conftest import ROOT, call_script, random_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
-import checkpoint
+from plumbing import checkpoint
 import inherit
-import storage
-from configurator import UserError
+from plumbing import storage
+from plumbing.configurator import UserError
 
 
 @pytest.fixture

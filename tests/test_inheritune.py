@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import TINY, call_script, options, read_metrics, run_script
 
-import checkpoint
+from plumbing import checkpoint
 import inheritune
 import report
-import storage
-from configurator import UserError
+from plumbing import storage
+from plumbing.configurator import UserError
 
 TOLERANCE = -0.2
 PRESET = """

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, random_model
 
-import checkpoint
+from plumbing import checkpoint
 import data
 import train
 from model import GPT

@@ -8,7 +8,7 @@ from conftest import random_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-import checkpoint
+from plumbing import checkpoint
 from model import GPT, GPTConfig
 
 VARIANTS = [(bias, scale) for bias in (False, True) for scale in (False, True)]

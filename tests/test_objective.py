@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-import checkpoint
+from plumbing import checkpoint
 import inherit
 import objective
-import storage
+from plumbing import storage
 import train
-from configurator import UserError
+from plumbing.configurator import UserError
 
 
 def run(data_dir, out_dir, **changes):

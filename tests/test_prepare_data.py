@@ -24,7 +24,7 @@ from conftest import call_script, run_script
 import corpus
 import data
 import prepare_data
-from configurator import UserError
+from plumbing.configurator import UserError
 
 
 def prepare(*arguments) -> int:

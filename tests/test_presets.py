@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from conftest import ROOT
 
-import configurator
+from plumbing import configurator
 from inheritune import Arm, RecipeConfig
 from model import GPTConfig
 from train import TrainConfig

@@ -16,10 +16,10 @@ import torch
 from conftest import ROOT, TINY, call_script, options, read_metrics, run_script
 from safetensors.torch import load_file
 
-import checkpoint
-import storage
+from plumbing import checkpoint
+from plumbing import storage
 import train
-from configurator import UserError
+from plumbing.configurator import UserError
 from model import GPT, GPTConfig
 
 
@@ -299,7 +299,7 @@ def test_the_learning_rate_warms_up_to_its_peak_and_ends_at_its_least():
 
 
 def test_the_arithmetic_is_chosen_with_a_reason():
-    import machine
+    from plumbing import machine
 
     dtype, reason = machine.pick_dtype("auto", torch.device("cpu"))
     assert dtype in (torch.bfloat16, torch.float32) and reason
@@ -311,7 +311,7 @@ def test_the_arithmetic_is_chosen_with_a_reason():
 
 
 def test_attention_is_written_out_only_where_that_was_faster_and_fits():
-    import machine
+    from plumbing import machine
 
     cpu, gpu, half = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
     for compiled, device, dtype, block_size, fused in (

@@ -8,9 +8,9 @@ from conftest import random_model
 from test_train import equal, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import storage
+from plumbing import storage
 import train
-from configurator import UserError
+from plumbing.configurator import UserError
 from train import TrainConfig
 from update import check_finite, make_optimizer, update_weights
 

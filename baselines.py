@@ -1,0 +1,110 @@
+"""Every comparison of the paper, and ours, an entry each: edit this file to add one.
+
+    python inheritune.py config/demo.toml --baselines random "lazy layers" stacking
+    python -c "import baselines; print(*baselines.baselines(n=24, k=16), sep='\\n')"
+
+n is the reference's number of layers, k the target's. Layers count from 0. An entry says what a model begins with and
+how it is trained; inheritune.py trains it, with the same tokens in the same order as the target.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Baseline:
+    """One model. Without `layers` it begins with `n_layer` layers of random weights."""
+
+    n_layer: int = 0
+    layers: list[int | None] = field(default_factory=list)  # of the source; None is a fresh layer
+    source: str = "reference"  # or "target", or another baseline, which is then trained too
+    top: str = ""  # a second source, of which top_layers go on top
+    top_layers: list[int] = field(default_factory=list)
+    parts: str = ""  # comma-separated parts of each layer to take: ln_1, attn, ln_2, mlp; the rest is fresh
+    stable: bool = False  # inherit the source's last checkpoint before its decay, and skip the warm-up
+    moments: bool = False  # inherit AdamW's moments too
+    teacher: str = ""  # distill this model
+    steps: float = 1.0  # times max_steps
+    seeds: int | None = None  # how many of the recipe's seeds; None: all
+    settings: dict = field(default_factory=dict)  # of train.py, where they differ
+
+
+def baselines(n: int, k: int) -> dict[str, Baseline]:
+    """The known models by name, for a reference of n and a target of k layers."""
+    first, last, everything = list(range(k)), list(range(n - k, n)), list(range(n))
+    half, other_half = list(range((k + 1) // 2)), list(range(k // 2))
+    every_other = list(range(0, n, 2))[:k]
+    every_other += range(n - 2 - (k - len(every_other)), n - 2)  # DistilBERT's layers; of 24: ::2,18:22 for 16
+    in_place = 5 * n // 8  # of 24 layers the last 9 stay in place
+    wsd = {"schedule": "wsd"}
+    return {
+        # ---- is it the layers, or the steps? (paper, table 5; the last is ours)
+        "random": Baseline(n_layer=k),
+        "random, twice the steps": Baseline(n_layer=k, steps=2),
+        "reference, trained on": Baseline(layers=everything),
+        # ---- which layers (paper, figure 3: the lazy layers are the last half; table 4; figure 23)
+        "first half": Baseline(layers=list(range(n // 2))),
+        "lazy layers": Baseline(layers=list(range(n - n // 2, n))),
+        "random, half": Baseline(n_layer=n // 2),
+        "last layers": Baseline(layers=last),
+        "middle layers": Baseline(layers=list(range((n - k) // 2, (n - k) // 2 + k))),
+        "every other layer": Baseline(layers=every_other),
+        "lazy layers in place": Baseline(layers=[None] * in_place + list(range(in_place, n))),
+        # ---- stacking (paper, appendix D): half the layers trained, then copied on top of themselves
+        "half of the target": Baseline(n_layer=len(half)),
+        "stacking": Baseline(layers=half + other_half, source="half of the target"),
+        "hybrid stacking": Baseline(layers=half + other_half),
+        # ---- two rounds of stacking (ours)
+        "quarter of the target": Baseline(n_layer=(k + 3) // 4),
+        "quarter, stacked": Baseline(
+            layers=list(range((k + 3) // 4)) + list(range(len(half) - (k + 3) // 4)), source="quarter of the target"
+        ),
+        "stacking, two rounds": Baseline(layers=half + other_half, source="quarter, stacked"),
+        # ---- parts of layers (paper, table 3)
+        "attention and its norm": Baseline(layers=first, parts="ln_1,attn"),
+        "MLP and its norm": Baseline(layers=first, parts="ln_2,mlp"),
+        "attention and MLP, no norms": Baseline(layers=first, parts="attn,mlp"),
+        # ---- distillation, half the steps (paper, appendix D), random and from every other layer (DistilBERT)
+        "distilled, random": Baseline(n_layer=k, teacher="reference", steps=0.5),
+        "distilled, every other layer": Baseline(layers=every_other, teacher="reference", steps=0.5),
+        "distilled, inherited": Baseline(layers=first, teacher="reference", steps=0.5),
+        # ---- grow while training (paper, section 1): half the steps with k - 2 layers, half with two more
+        "first layers, half the steps": Baseline(layers=first[:-2] or first, steps=0.5),
+        "grown from the target": Baseline(
+            layers=first[:-2] or first, source="first layers, half the steps", top="reference",
+            top_layers=first[-2:] if k > 2 else [], steps=0.5,
+        ),
+        # ---- warm-up, stable, decay (ours)
+        "reference, WSD": Baseline(n_layer=n, settings=wsd),
+        "inherited, WSD": Baseline(layers=first, source="reference, WSD", stable=True, settings=wsd),
+        "inherited with moments, WSD": Baseline(
+            layers=first, source="reference, WSD", stable=True, moments=True, settings=wsd
+        ),
+        "random, twice the steps, WSD": Baseline(n_layer=k, steps=2, settings=wsd),
+        "reference, WSD, trained on": Baseline(
+            layers=everything, source="reference, WSD", stable=True, moments=True, settings=wsd
+        ),
+    }
+
+
+CLAIMS = [  # of the paper, then ours: text, the model that should be better, the other one
+    ("Inherited layers beat random ones", "target", "random"),
+    ("They beat random ones with twice the steps", "target", "random, twice the steps"),
+    ("Early layers transfer more than lazy ones", "first half", "lazy layers"),
+    ("Lazy layers transfer little: they are no better than random ones", "random, half", "lazy layers"),
+    ("Inheriting beats stacking", "target", "stacking"),
+    ("Inheriting beats hybrid stacking", "target", "hybrid stacking"),
+    ("Inheriting beats half width", "target", "half width"),
+    ("Inheriting beats distillation", "target", "distilled, random"),
+    ("Inheriting beats distilling every other layer", "target", "distilled, every other layer"),
+    ("Attention and MLP transfer more than attention", "attention and MLP, no norms", "attention and its norm"),
+    ("Attention and MLP transfer more than the MLP", "attention and MLP, no norms", "MLP and its norm"),
+    ("Matching is more than training for longer (ours)", "target", "reference, trained on"),
+    ("The first layers transfer more than the last (ours)", "target", "last layers"),
+    ("Inheriting beats two rounds of stacking (ours)", "target", "stacking, two rounds"),
+    ("Distilling adds to inheriting (ours)", "distilled, inherited", "target"),
+    ("Growing the trained target beats one round (ours)", "grown from the target", "target"),
+    ("Inheriting before the decay beats the paper's schedule (ours)", "inherited, WSD", "target"),
+    ("The optimizer's moments are worth inheriting (ours)", "inherited with moments, WSD", "inherited, WSD"),
+    ("It beats random with twice the steps, WSD (ours)", "inherited with moments, WSD", "random, twice the steps, WSD"),
+    ("It beats the reference trained on, WSD (ours)", "inherited with moments, WSD", "reference, WSD, trained on"),
+]

@@ -1,0 +1,231 @@
+"""The machine under a run: its device, its arithmetic, its processes, its signals, and what to record of it.
+
+    python -c "from plumbing import machine; print(machine.pick('auto', 'auto'))"
+    torchrun --standalone --nproc_per_node=2 train.py config/demo.toml --device=cpu --micro_batch=16
+
+Each automatic choice comes with its reason, which train.py prints.
+"""
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import platform
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from plumbing.configurator import UserError
+
+COMPILE_PAYS_FROM = 1e14  # FLOPs of a run on a CPU (docs/performance.md)
+
+
+# ---- device and arithmetic
+
+
+def pick_device(name: str) -> torch.device:
+    """The device asked for, or the best available. Under torchrun each process takes its own GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+@dataclass
+class Hardware:
+    """Where a run computes, and in which arithmetic."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the fast arithmetic
+    wide: torch.dtype  # of weights and optimizer: float32, or float64 if that is the arithmetic
+    autocast: contextlib.AbstractContextManager
+    reason: str
+
+
+def pick(device_name: str, dtype_name: str, deterministic: bool = False) -> Hardware:
+    """The device and arithmetic that are set, or the fastest that are safe. Raises UserError."""
+    device = pick_device(device_name)
+    if deterministic:  # an operation that cannot give the same bits again raises RuntimeError
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it
+        torch.use_deterministic_algorithms(True)
+    dtype = getattr(torch, dtype_name, torch.float32)
+    if dtype_name == "auto" and device.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    elif dtype_name == "auto" and device.type == "cpu" and any(
+        "bf16" in key and value for key, value in cpu_capabilities().items()
+    ):
+        dtype = torch.bfloat16  # this CPU has instructions for it
+    mixed = dtype in (torch.bfloat16, torch.float16)
+    autocast = torch.autocast(device.type, dtype) if mixed else contextlib.nullcontext()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return Hardware(device, dtype, wide, autocast, f"{device}, {dtype} ({'fastest here' if dtype_name == 'auto' else 'as set'})")
+
+
+def cpu_capabilities() -> dict:
+    """What the CPU can do, as torch.cpu reports it. Empty in versions of torch that do not."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+
+
+def pick_compile(choice: bool | str, device: torch.device, flops: float) -> tuple[bool, str]:
+    """Whether to torch.compile a run of so many floating-point operations, and the reason."""
+    if choice != "auto":
+        return choice, "as set"
+    if device.type == "cuda":
+        found = importlib.util.find_spec("triton") is not None
+        return found, "Triton is installed" if found else "Triton is not installed"
+    if device.type != "cpu" or flops < COMPILE_PAYS_FROM:
+        return False, "it would take longer than it saves"
+    try:  # it needs a C++ compiler and Python's headers
+        torch.compile(torch.sin)(torch.zeros(2))
+    except Exception as error:  # whatever is missing, the run works without
+        return False, f"it fails on this machine ({type(error).__name__})"
+    return True, "the run is long"
+
+
+def prepare(models: list[torch.nn.Module], compile_choice: bool | str, flops: float, hardware: Hardware) -> str:
+    """Move models to the device and compile them if that pays. Returns the choices in words."""
+    compiled, reason = pick_compile(compile_choice, hardware.device, flops)
+    if hardware.device.type == "cpu":
+        keep_freed_memory()
+    torch.compiler.reset()  # an earlier model of a recipe must not use up the limit of recompilations
+    for model in models:
+        model.to(hardware.device)
+        if compiled:
+            model.compile(dynamic=False)  # in place: the parameters keep their names
+    return f"{hardware.reason}; torch.compile {'on' if compiled else 'off'} ({reason})"
+
+
+def keep_freed_memory():
+    """Make glibc keep freed memory for the next step instead of returning it to the system.
+
+    Getting it anew, page by page, took a tenth to a third of a step. The process hardly shrinks any more.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        # M_MMAP_THRESHOLD (-3): larger blocks are mapped one by one. Before glibc 2.35 the limit is 2**25.
+        if mallopt(-3, 2**30) or mallopt(-3, 2**25):
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep freed memory up to this
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on the device. For a GPU the CPU does not wait for the copy."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+# ---- processes
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """(0, 1), or this process's place under torchrun, whose group it joins on the first call."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        # the timeout has to outlast what rank 0 does alone, such as the attention analysis of a large model
+        dist.init_process_group(timeout=timedelta(hours=2))  # gloo for CPU tensors, nccl for GPU tensors
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def distribute(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The model, in DDP if there are several processes: its backward pass averages the gradients over them."""
+    if rank_and_world_size()[1] == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def say(text: str):
+    """Print on rank 0, without breaking the progress bar. A full disk under a redirected log ends no run."""
+    if rank_and_world_size()[0] == 0:
+        with contextlib.suppress(OSError):
+            tqdm.write(text)
+
+
+@contextlib.contextmanager
+def process_group():
+    """Leave the process group at the end, together with the others if nothing failed."""
+    try:
+        yield
+        if dist.is_initialized():
+            dist.barrier()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def on_rank_0(function, *arguments):
+    """function(*arguments), called by rank 0 while the others wait. Its result, or its UserError, on every rank."""
+    rank, world_size = rank_and_world_size()
+    result = [None]
+    if rank == 0:
+        try:
+            result = [function(*arguments)]
+        except UserError as error:
+            result = [error]
+        except OSError as error:
+            result = [UserError(f"{error.filename or 'a file'}: {error.strerror or error}", exit_code=1)]
+    if world_size > 1:
+        dist.broadcast_object_list(result)
+    if isinstance(result[0], UserError):
+        raise result[0]
+    return result[0]
+
+
+# ---- signals
+
+
+stop_signal = 0  # the first signal that asked this process to stop
+
+
+def watch_signals():
+    """From now on a first SIGTERM, SIGINT, SIGHUP or SIGUSR1 is noted, to save and stop. A second ends at once."""
+    watched = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # Slurm sends USR1, a closed laptop HUP
+
+    def note(number, _):
+        global stop_signal
+        stop_signal = number
+        for each in watched:
+            signal.signal(each, signal.SIG_DFL)
+
+    for each in watched:
+        signal.signal(each, note)
+
+
+def stop_requested() -> int:
+    """The signal that asks the run to stop, or 0. All processes get the same answer."""
+    if rank_and_world_size()[1] == 1:
+        return stop_signal
+    flag = torch.tensor(stop_signal)  # on the CPU, so that no GPU has to be waited for
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return int(flag)
+
+
+# ---- what to record
+
+
+def versions(device: torch.device) -> dict:
+    """The code, libraries and machine that make a result."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # git is not installed
+        commit = ""
+    is_gpu = device.type == "cuda"
+    cpu = f"{cpu_capabilities().get('cpu_name', platform.machine())}, {os.cpu_count()} cores"
+    return {
+        "commit": commit or "unknown", "python": platform.python_version(), "torch": torch.__version__,
+        "device": f"{device.type}: {torch.cuda.get_device_name(device) if is_gpu else cpu}",
+        "processes": rank_and_world_size()[1], "command": " ".join(sys.argv),
+    }

@@ -1,0 +1,245 @@
+"""Atomic directories of files and tensors: publish, verify, find, lock. Any model family.
+
+    python -c "from plumbing import storage; storage.verify(storage.Path('out/demo/reference/step-00000300'))"
+    python -c "from plumbing import storage; print(*storage.read_tensors(storage.resolve('gpt2')), sep='\\n')"
+
+A directory is written under a temporary name, flushed to the disk and renamed, so a directory that has its name is
+complete. manifest.json, written last, holds the size and the sha256 of every other file. Nothing is pickled.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+
+from plumbing.configurator import UserError
+
+UMASK = os.umask(0o022)
+os.umask(UMASK)  # the only way to read it is to set it
+TOKENIZER_FILES = (  # what travels with the weights
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "generation_config.json",
+)
+
+
+# ---- files
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync(path: Path):
+    """Flush a file, or the names in a directory, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value):
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def replace_json(path: Path, value):
+    """Write a JSON file atomically."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    write_json(partial, value)
+    fsync(partial)
+    os.replace(partial, path)
+
+
+def append_json(path: Path, value):
+    """Add a line to a log. A line that cannot be written does not end the run."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(value) + "\n")
+    except OSError as error:
+        print(f"warning: {path}: {error.strerror}; a line is lost")
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl. Lines that were torn by a kill or a full disk are skipped."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            value = json.loads(line)
+            found += [value] if isinstance(value, dict) and "step" in value else []
+    return found
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file that holds an object. Raises UserError if it does not, or cannot be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: found a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+# ---- tensors
+
+
+def tensor_files(directory: Path, stem: str = "model") -> list[Path]:
+    """The safetensors files of a directory: one, or the shards that its index lists. Raises UserError."""
+    single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise UserError(
+            f"{single}: not found (pickles such as *.bin and *.pt can run code and are not loaded); save the model "
+            "with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        )
+    return sorted({directory / name for name in read_json(index)["weight_map"].values()})
+
+
+def read_tensors(directory: Path, stem: str = "model") -> dict:
+    """Name -> tensor, of all files. They are memory-mapped: a tensor takes memory only while it is used."""
+    found = {}
+    for path in tensor_files(directory, stem):
+        try:
+            with safe_open(path, framework="pt") as file:
+                found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    return found
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    """File name -> sha256 of a model's weights."""
+    return {path.name: sha256_of(path) for path in tensor_files(directory)}
+
+
+# ---- publish, verify, find
+
+
+@contextlib.contextmanager
+def publish(path: str | Path):
+    """A directory to fill, which becomes `path` atomically. Raises UserError if `path` exists or the disk refuses."""
+    path = Path(path)
+    if path.exists():
+        raise UserError(f"{path} exists already; remove it or choose a different place")
+    partial = path.with_name(f".tmp-{path.name}-{os.getpid()}-{time.time_ns()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        files = sorted(partial.iterdir())
+        for file in files:
+            file.chmod(0o666 & ~UMASK)  # safetensors writes 0600
+            fsync(file)
+        entries = {file.name: [file.stat().st_size, sha256_of(file)] for file in files}
+        write_json(partial / "manifest.json", {"format": 1, "files": entries})
+        fsync(partial / "manifest.json")
+        fsync(partial)
+        os.rename(partial, path)
+        fsync(path.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} was not written: {reason}; earlier files are untouched", exit_code=1) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # already renamed if nothing failed
+
+
+def verify(path: Path):
+    """Raise UserError unless every file of a published directory matches its manifest to the last bit."""
+    for name, (size, sha256) in read_json(path / "manifest.json")["files"].items():
+        file = path / name
+        found = file.stat().st_size if file.is_file() else "no file"
+        if found != size:
+            raise UserError(f"{file}: found {found}, expected {size} bytes; the checkpoint is damaged")
+        if sha256_of(file) != sha256:
+            raise UserError(f"{file}: sha256 mismatch; the checkpoint is damaged")
+
+
+def steps(run_dir: str | Path) -> list[Path]:
+    """The checkpoint directories of a run, oldest first, verified or not."""
+    return sorted(p for p in Path(run_dir).glob("step-*") if re.fullmatch(r"step-\d{8}", p.name))
+
+
+def latest(run_dir: str | Path) -> Path | None:
+    """The checkpoint of a run with the highest step that verifies. Prints a line for each one that does not."""
+    for path in reversed(steps(run_dir)):
+        try:
+            verify(path)
+            return path
+        except UserError as error:
+            print(f"warning: ignored {path.name}: {error}")
+    return None
+
+
+def discard(path: Path):
+    """Delete a directory. It is renamed first, so that a kill leaves no half-deleted checkpoint."""
+    trash = path.with_name(f".trash-{path.name}")
+    shutil.rmtree(trash, ignore_errors=True)
+    path.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def prune(run_dir: Path, keep: int, spare: Path):
+    """Delete all but the newest `keep` complete checkpoints of a run, and `spare`. Other files stay."""
+    complete = [path for path in steps(run_dir) if path != spare and (path / "manifest.json").is_file()]
+    for path in complete[:-keep]:
+        try:
+            discard(path)
+        except OSError as error:
+            print(f"warning: {path} could not be deleted ({error.strerror}); trying again after the next save")
+
+
+class Lock:
+    """Holds a directory against other processes. The system releases it when this process dies."""
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self.file = FileLock(self.directory / ".lock", timeout=0)
+
+    def acquire(self):
+        """Create the directory, lock it, clear what a killed process left. Raises UserError if it is in use."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.file.acquire()
+        except Timeout:
+            raise UserError(f"{self.directory} is in use by another process; wait or choose a different one") from None
+        except OSError as error:
+            raise UserError(f"{self.directory} cannot be written: {error.strerror}") from None
+        for leftover in self.directory.iterdir():
+            if re.match(r"\.(tmp|trash)-(step-\d{8}|init)\b", leftover.name):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def release(self):
+        self.file.release()
+
+
+def resolve(name: str | Path) -> Path:
+    """The verified directory of a model: a checkpoint, a run (its latest checkpoint) or a name on the hub.
+
+    A directory without a manifest, as transformers writes it, is taken as it is. Raises UserError.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        path = latest(path) or path
+    if (path / "manifest.json").is_file():
+        verify(path)
+    if (path / "config.json").is_file():
+        return path
+    if path.exists() or Path(path.parts[0]).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
+        raise UserError(f"{name} is no checkpoint directory, run directory or name on the hub")
+
+    import huggingface_hub  # imported here: local work never needs the hub
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES]
+    try:
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except Exception as error:  # its own errors, OSErrors and those of its HTTP library
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{name} is no directory here and could not be loaded from the hub ({reason})") from None

@@ -1,0 +1,190 @@
+"""plumbing/decoders.py: the matrices of other families are their own, text is read as they were trained, no code runs."""
+
+import json
+import math
+import shutil
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model
+from safetensors.torch import load_file, save_file
+
+from plumbing import decoders
+from plumbing.configurator import UserError
+
+SHAPE = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "max_position_embeddings": 128, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+FAMILIES = {
+    "Llama": {"num_key_value_heads": 2}, "Qwen3": {"num_key_value_heads": 2, "head_dim": 8}, "GPTNeoX": {},
+    "Gemma3Text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16},
+}  # fmt: skip
+META = {"tokenizer": "bytes"}
+
+
+def tiny(family: str, **changes):
+    """A randomly initialised model of a family of transformers, with eager attention."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SHAPE | changes)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+def save(folder: Path, family: str, documents: list[str], bos: bool, **changes) -> Path:
+    """A tiny model on disk with a tokenizer of its own, which may put a begin-of-text token in front."""
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    special = ["<end>", "<bos>"]
+    tokenizer.train_from_iterator(documents, vocab_size=290, special_tokens=special, show_progress=False)
+    if bos:
+        tokenizer._tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", 1)]
+        )
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer, eos_token="<end>", bos_token="<bos>"
+    )
+    tiny(family, **FAMILIES[family] | changes).save_pretrained(folder)
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory, documents) -> Path:
+    return save(tmp_path_factory.mktemp("llama"), "Llama", documents, bos=False)
+
+
+def val_bytes(data_dir) -> np.ndarray:
+    return np.fromfile(data_dir / "val.bin", dtype="<u2")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_matrices_are_the_family_s_own_output_attentions(family):
+    model, idx, found = tiny(family, **FAMILIES[family]), torch.randint(300, (3, 40)), {}
+    decoders.attention_matrices(model, idx, found.__setitem__)
+    with torch.no_grad():
+        own = model(idx, output_attentions=True).attentions
+    assert list(found) == [0, 1, 2] and decoders.n_layer(model) == 3
+    assert all(torch.equal(found[layer], matrices) for layer, matrices in enumerate(own))
+
+
+@pytest.mark.parametrize("family", ["Llama", "ours"])
+def test_a_layer_s_matrices_are_gone_before_the_next_layer_has_its_own(family):
+    ours = family == "ours"
+    model = random_model(n_layer=6, block_size=20, dtype=torch.float32) if ours else tiny(family, num_hidden_layers=6)
+    given, alive = [], []
+
+    def visit(layer, matrices):
+        alive.append([reference() is not None for reference in given])
+        given.append(weakref.ref(matrices))
+
+    decoders.attention_matrices(model, torch.randint(60, (2, 20)), visit)
+    assert len(given) == 6 and not any(map(any, alive))
+
+
+def test_layers_without_attention_are_not_visited_and_a_model_without_any_is_refused():
+    kinds = ["conv", "full_attention", "conv"]
+    hybrid, found = tiny("Lfm2", num_key_value_heads=2, block_multiple_of=1, layer_types=kinds), {}
+    decoders.attention_matrices(hybrid, torch.randint(300, (2, 20)), found.__setitem__)
+    assert list(found) == [1] and decoders.n_layer(hybrid) == 3
+    with pytest.raises(UserError, match="MambaForCausalLM has no attention matrix"):
+        decoders.attention_matrices(tiny("Mamba", state_size=4), torch.randint(300, (2, 20)), found.__setitem__)
+
+
+@pytest.mark.parametrize("what", ["negative", "above the diagonal", "sums", "nan"])
+def test_what_is_no_causal_attention_matrix_is_one_line_that_names_the_layer(what, monkeypatch):
+    model = random_model(dtype=torch.float32)
+    module = model.transformer.h[1].attn
+    original = module.matrix
+
+    def broken(x):
+        A = original(x).clone()
+        A[:, 1, 3, 0], A[:, 1, 3, 1] = {"negative": (-0.1, 1.1)}.get(what, (A[:, 1, 3, 0], A[:, 1, 3, 1]))
+        A[:, 1, 3, 3] += {"sums": 0.1, "nan": math.nan}.get(what, 0)
+        return A.roll(1, -1) if what == "above the diagonal" else A
+
+    monkeypatch.setattr(module, "matrix", broken)
+    message = r"layer 1, heads \[1\]: attention is not finite" if what == "nan" else "layer 1: found no causal attention"
+    with pytest.raises(UserError, match=message) as caught:
+        decoders.attention_matrices(model, torch.zeros(2, 8, dtype=torch.long), lambda *_: None)
+    assert caught.value.exit_code == 1
+
+
+def test_another_family_reads_the_same_text_in_its_own_tokens(llama, data_dir, documents):
+    import transformers
+
+    model, own = decoders.load(llama), transformers.AutoTokenizer.from_pretrained(llama)
+    tokens, begin = decoders.validation_tokens(llama, model, val_bytes(data_dir), META)
+    texts = own.decode(tokens).split("<end>")
+    assert texts.pop() == "" and len(texts) == 6 and set(texts) <= set(documents)  # the tenth of sixty documents
+    assert begin == []
+
+
+def test_a_tokenizer_with_a_begin_of_text_token_gives_it_for_every_window(data_dir, documents, tmp_path):
+    path = save(tmp_path / "gemma", "Gemma3Text", documents, bos=True)
+    tokens, begin = decoders.validation_tokens(path, decoders.load(path), val_bytes(data_dir), META)
+    assert begin == [1] and 1 not in tokens
+
+
+def test_an_untrained_model_has_the_shape_but_not_the_weights(llama):
+    trained, fresh = decoders.load(llama).state_dict(), decoders.load(llama, untrained=True).state_dict()
+    key = "model.layers.1.self_attn.k_proj.weight"
+    assert trained.keys() == fresh.keys() and not torch.equal(trained[key], fresh[key])
+    assert trained[key].shape == fresh[key].shape and trained[key].dtype == torch.float32
+
+
+def test_the_longest_sequence_is_read_from_config_json(llama, tmp_path):
+    assert decoders.longest_sequence(llama) == 128
+    (tmp_path / "config.json").write_text('{"text_config": {"max_position_embeddings": 77}}')
+    assert decoders.longest_sequence(tmp_path) == 77
+
+
+def test_code_that_comes_with_a_model_is_not_run(llama, tmp_path, monkeypatch):
+    folder = shutil.copytree(llama, tmp_path / "trap")
+    (folder / "trap.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n")
+    names = {"AutoConfig": "trap.C", "AutoModelForCausalLM": "trap.C", "AutoTokenizer": ["trap.C", "trap.C"]}
+    for model_type in ("llama", "nobody"):
+        table = json.loads((llama / "config.json").read_text()) | {"model_type": model_type, "auto_map": names}
+        (folder / "config.json").write_text(json.dumps(table))
+        monkeypatch.setattr("builtins.input", lambda *_: "y")
+        if model_type == "llama":
+            decoders.load(folder)
+        else:
+            with pytest.raises(UserError, match="trust_remote_code|custom code"):
+                decoders.load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_wrong_with_a_model_of_another_family_is_one_line(llama, data_dir, tmp_path, monkeypatch):
+    import tokenizers
+    import transformers
+
+    def error(folder) -> str:
+        with pytest.raises(UserError) as caught:
+            decoders.validation_tokens(folder, decoders.load(folder), val_bytes(data_dir), META)
+        assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+        return str(caught.value)
+
+    speechless = shutil.copytree(llama, tmp_path / "speechless", ignore=shutil.ignore_patterns("*token*"))
+    assert "tokenizer" in error(speechless)
+    illiterate = shutil.copytree(llama, tmp_path / "illiterate")  # every word is unknown to it
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "<end>": 1}, unk_token="<unk>"))
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>")
+    wrapped.save_pretrained(illiterate)
+    assert "its tokenizer (2 tokens)" in error(illiterate)
+
+    incomplete = shutil.copytree(llama, tmp_path / "incomplete")
+    tensors = load_file(incomplete / "model.safetensors")
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    save_file(tensors, incomplete / "model.safetensors", metadata={"format": "pt"})
+    assert "no weights for model.layers.1.self_attn.k_proj.weight" in error(incomplete)
+
+    pickled = shutil.copytree(llama, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(llama / "model.safetensors"), pickled / "pytorch_model.bin")
+    assert "safetensors" in error(pickled)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "transformers (pip install it)" in error(llama)

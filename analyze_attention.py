@@ -4,9 +4,9 @@
     python analyze_attention.py gpt2 --data_dir=data/mine --tau=0.8,0.85,0.9,0.95 --groups=0:4,4:8,8:12
     python analyze_attention.py some/llama --data_dir=data/demo --heads=7.16    # any decoder of transformers
 
-A is the causal attention matrix of one layer, head and sequence, T x T; each row sums to 1. It always has full
-rank, so only an approximate rank is informative; it depends on T and tau. The control is an untrained model of
-the same shape. To add a measure, add an entry to MEASURES. Suffixes: B or S sequences, H heads, T positions.
+A is the causal attention matrix of a layer, head and sequence: T x T, each row sums to 1. It always has full
+rank, so only an approximate rank is informative, and that depends on T and tau. The control is an untrained
+model of the same shape. To add a measure, add an entry to MEASURES. Suffixes: B, S sequences, H heads.
 """
 
 import csv
@@ -98,7 +98,7 @@ def measures_at(taus: list[float]) -> list[Measure]:
 
 
 def over_heads(values_HS: np.ndarray, how: str) -> tuple[float, float]:
-    """A layer's number and its standard error: first the mean over sequences, then the max or mean over heads.
+    """A layer's number and its standard error: first the mean over sequences, then max or mean over heads.
 
     Rank(h, l) is the mean over sequences, MaxRank(l) the largest Rank(h, l): paper, definition G.1. In the
     other order the number is never smaller, and fewer layers are lazy.
@@ -109,17 +109,12 @@ def over_heads(values_HS: np.ndarray, how: str) -> tuple[float, float]:
 
 def summarize(values: dict[int, dict[str, np.ndarray]], measures: list[Measure], groups: list) -> dict:
     """From the values {layer: {measure: (H, S)}} of a model: its layers, groups of layers, and heads."""
-    rows, heads = (
-        [],
-        {m.name: [by_name[m.name].mean(1).tolist() for by_name in values.values()] for m in measures},
-    )
+    rows, heads = [], {m.name: [v[m.name].mean(1).tolist() for v in values.values()] for m in measures}
     for layer, by_name in values.items():
         row = {"layer": layer}
         for m in measures:
             row[m.key], row[f"{m.key}_se"] = over_heads(by_name[m.name], m.over_heads)
-        row["near_rank_one"] = float(
-            (by_name["rank"].mean(1) < 1.5).mean()
-        )  # share of heads; the limit is ours
+        row["near_rank_one"] = float((by_name["rank"].mean(1) < 1.5).mean())  # share of heads; 1.5 is ours
         row["strictly_lazy"] = row["max_rank"] < 1 + 1e-9  # MaxRank = 1, the paper's lazy layer
         row["lazy"] = row["max_rank"] < 2  # floor(MaxRank) = 1, the paper's criterion for a group
         rows.append(row)
@@ -130,7 +125,7 @@ def summarize(values: dict[int, dict[str, np.ndarray]], measures: list[Measure],
 
 
 def suggested_layers(result: dict) -> int:
-    """Layers that remain without the lazy ones at the end, at least 1. A layer without attention is not lazy."""
+    """Layers left without the lazy ones at the end, at least 1. A layer without attention is not lazy."""
     lazy = {row["layer"] for row in result["layers"] if row["lazy"]}
     return max((layer + 1 for layer in range(result["n_layer"]) if layer not in lazy), default=1)
 
@@ -139,7 +134,7 @@ def suggested_layers(result: dict) -> int:
 
 
 def random_windows(tokens: np.ndarray, T: int, N: int, seed: int, begin: list) -> torch.Tensor:
-    """N random windows (N, T), each led by the tokens `begin`; no more than fit into the text side by side."""
+    """N random windows (N, T), each led by the tokens `begin`; no more than fit side by side."""
     n = T - len(begin)
     starts = np.random.RandomState(seed).choice(len(tokens) - n + 1, min(N, len(tokens) // n), replace=False)
     text = torch.from_numpy(tokens[starts[:, None] + np.arange(n)].astype(np.int64))
@@ -167,7 +162,7 @@ def track(model: torch.nn.Module, val_tokens: np.ndarray, sequences: int = 8) ->
     """
     T, training = min(AnalyzeConfig.seq_len, model.config.block_size), model.training
     idx = random_windows(val_tokens, T, sequences, 0, []).to(next(model.parameters()).device)
-    values = measure(model.eval(), idx, MEASURES, micro_batch=1).values()
+    values = measure(model.eval(), idx, MEASURES, len(idx)).values()
     model.train(training)
     found = {m.label: [over_heads(by_name[m.name], m.over_heads)[0] for by_name in values] for m in MEASURES}
     return found | {"T": T, "tau": 0.9, "sequences": len(idx)}
@@ -192,9 +187,7 @@ def pictures(model: torch.nn.Module, idx: torch.Tensor, values: dict, heads: lis
 def identity(config: AnalyzeConfig) -> dict:
     """All that the numbers depend on: an analysis is reused only if this is unchanged. Raises UserError."""
     try:
-        taus = sorted(
-            {float(t) for t in config.tau.split(",")}, key=lambda t: (t != 0.9, -t)
-        )  # main one first
+        taus = sorted({float(tau) for tau in config.tau.split(",")}, key=lambda tau: (tau != 0.9, -tau))
         ranges = [[int(a), int(b)] for a, b in (each.split(":") for each in config.groups.split(",") if each)]
         heads = [[int(i), int(h)] for i, h in (each.split(".") for each in config.heads.split(",") if each)]
         # above 0.999 rounding decides
@@ -220,17 +213,20 @@ def out_dir(config: AnalyzeConfig) -> Path:
 
 def stored(config: AnalyzeConfig) -> dict | None:
     """The finished analysis of the same weights, text, settings and measures, if there is one."""
-    path = out_dir(config) / "attention.json"
-    result = storage.read_json(path) if path.exists() else {}
+    try:
+        result = storage.read_json(out_dir(config) / "attention.json")
+    except UserError:  # absent or damaged
+        return None
     return result if all(result.get(key) == value for key, value in identity(config).items()) else None
 
 
 def analyze(config: AnalyzeConfig) -> dict:
-    """Measure a model, print the table, write attention.csv, .json and the figures. Returns the JSON's content.
+    """Measure a model, print the table, write attention.csv, .json and figures; returns the JSON's content.
 
     Raises UserError; exit code 1 where the disk refuses, after the table was printed.
     """
     result, out, device, found = identity(config), out_dir(config), pick_device(config.device), {}
+    measures = measures_at(result["tau"])
     models = {"model": config.model, "untrained": config.control and config.model, "compared": config.compare}
     for role, name in ((role, name) for role, name in models.items() if name):
         path, meta = storage.resolve(name), data.read_meta(config.data_dir)
@@ -239,15 +235,12 @@ def analyze(config: AnalyzeConfig) -> dict:
             text = data.open_tokens(config.data_dir, "val", result["T"], math.inf)
             tokens, begin = decoders.validation_tokens(path, model, text, meta)
             idx = random_windows(tokens, result["T"], config.sequences, config.seed, begin).to(device)
-        values, n = (
-            measure(model, idx, measures_at(result["tau"]), config.micro_batch),
-            decoders.n_layer(model),
-        )
+        values = measure(model, idx, measures, config.micro_batch)
+        n = decoders.n_layer(model)
         groups = result["ranges"] or [(n * i // 3, n * (i + 1) // 3) for i in range(3)]
         run = path.parent if path.name.startswith("step-") else Path(name).expanduser().resolve()
         about = {"name": role if role == "untrained" else run.name, "model": str(path), "n_layer": n}
-        summary = summarize(values, measures_at(result["tau"]), groups)
-        found[role] = about | {"sequences": len(idx)} | summary
+        found[role] = about | {"sequences": len(idx)} | summarize(values, measures, groups)
         if role == "model":
             drawn = pictures(model, idx[:1], values, result["drawn"])
         del model  # before the next one is loaded
@@ -262,30 +255,26 @@ def analyze(config: AnalyzeConfig) -> dict:
         figures.plot_attention(result, out / "attention.png")
         figures.plot_heads(drawn, result, out / "heads.png")
     except OSError as error:
-        raise UserError(
-            f"{out}: {error.strerror or error}; free space or choose a different --out", 1
-        ) from None
+        raise UserError(f"{out}: {error.strerror or error}; free space or change --out", 1) from None
     return result
 
 
 def print_table(result: dict):
     """A line for each layer, then lazy layers, groups and heads; then the same of the compared model."""
     for model in filter(None, (result, result["compared"])):
-        print(
-            f"{model['model']}: T = {result['T']}, tau = {result['tau'][0]}, {model['sequences']} sequences"
-        )
+        conditions = f"T = {result['T']}, tau = {result['tau'][0]}, {model['sequences']} sequences"
+        print(f"{model['model']}: {conditions}; ± is the standard error over sequences")
         print("layer", *(f"{label:^16s}" for label in result["measures"].values()), "near rank 1")
         for row in model["layers"]:
             cells = [f"{row[key]:7.2f} ± {row[f'{key}_se']:<6.2f}" for key in result["measures"]]
             lazy = "lazy, strictly" if row["strictly_lazy"] else "lazy" if row["lazy"] else ""
             print(f"{row['layer']:5d}", *cells, f"{row['near_rank_one']:11.0%} {lazy}".rstrip())
         lazy, strictly = (sum(row[key] for row in model["layers"]) for key in ("lazy", "strictly_lazy"))
-        print("± is the standard error over sequences")
+        missing = model["n_layer"] - len(model["layers"])
         print(f"lazy layers: {lazy} by floor(MaxRank) = 1, {strictly} strictly (MaxRank = 1)")
-        print(f"layers without attention, not measured: {model['n_layer'] - len(model['layers'])}")
+        print(f"layers before the lazy tail: {suggested_layers(model)}; without attention: {missing}")
         print("AvgRank:", ", ".join(f"layers {g['layers']} {g['avg_rank']:.2f}" for g in model["groups"]))
         print(f"heads near rank one (mean rank below 1.5): {model['near_rank_one']:.0%} of the model")
-        print(f"layers before the lazy tail: {suggested_layers(model)}")
 
 
 def main():

@@ -112,6 +112,18 @@ def accumulation(tokens_per_step: int, micro_batch: int, block_size: int, proces
     return tokens_per_step // micro_tokens
 
 
+def step_batches(tokens: np.ndarray, config, step: int, rank: int, world_size: int):
+    """Yield the micro-batches (x, y), each (B, T), of one process in update `step`, and seed the dropout of each."""
+    import torch
+
+    starts = train_starts(len(tokens), config.block_size, config.seed, step, config.tokens_per_step // config.block_size)
+    for micro_step, micro_starts in enumerate(starts.reshape(-1, world_size, config.micro_batch)[:, rank]):
+        if config.dropout:  # the same masks whenever this step is made again
+            seeds = np.random.SeedSequence([config.seed, step, rank, micro_step])
+            torch.manual_seed(int(seeds.generate_state(1)[0]))
+        yield windows(tokens, micro_starts, config.block_size)
+
+
 # ---- validation
 
 

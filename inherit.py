@@ -157,7 +157,9 @@ def inherit(
                 tensors[name] = fresh[name].to(shape_of.dtype) if is_weight else torch.zeros_like(shape_of)
                 origin[name] = f"fresh, seed {seed}"
             else:
-                tensors[name], origin[name] = source[source_name], source_name
+                tensor = source[source_name]
+                tensors[name] = tensor.clone() if source_name in origin.values() else tensor  # taken twice
+                origin[name] = source_name
         return tensors, origin
 
     weights, origin = target_tensors("model")

@@ -1,35 +1,30 @@
-"""Turn text into token files: train.bin, val.bin and meta.json (the format is data.py's).
+"""Turn text into token files: train.bin, val.bin and meta.json (the format is described in data.py).
 
     python prepare_data.py python --out=data/python                  # Python's own library, no download, seconds
-    python prepare_data.py python --site-packages --tokenizer=gpt2   # and every installed package: hundreds of MB
-    python prepare_data.py files novels/*.txt --tokenizer=gpt2 --out=data/mine
+    python prepare_data.py python --site_packages --tokenizer=gpt2   # and every installed package: hundreds of MB
+    python prepare_data.py files novels/ --tokenizer=gpt2 --out=data/mine    # .txt .md .json .jsonl .csv .parquet, .gz
     python prepare_data.py openwebtext                               # the paper's corpus, nanoGPT's split: 9.0 B tokens
-    python prepare_data.py fineweb-edu --config-name=sample-100BT --max-tokens=20_000_000_000
+    python prepare_data.py fineweb-edu --config_name=sample-100BT --max_tokens=20_000_000_000
 
-Documents are put in a fixed random order and the first ones become the validation split, exactly as nanoGPT
-splits OpenWebText: the same documents for any --max_tokens, but not for another --config_name. Each document is
-encoded as plain text (it cannot forge a special token) and followed by one end-of-text. The bytes written do not
-depend on the number of workers.
+Documents are put in a fixed random order, and the first ones become the validation split, as nanoGPT splits
+OpenWebText: the same documents for any --max_tokens. Each document is encoded as plain text (it cannot forge a special
+token) and followed by one end-of-text. The bytes do not depend on the number of workers.
 
-Stopped in any way, a preparation goes on where it was with the same command: progress.json tells how far the token
-files are whole. Memory does not grow with the corpus, but for 12 bytes for each document at most.
+An interrupted preparation starts again with the same command. Downloads are cached by `datasets` (HF_HOME).
 """
 
 import collections
-import contextlib
+import glob
 import hashlib
 import itertools
 import math
-import multiprocessing
 import os
 import platform
-import signal
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -38,16 +33,19 @@ import tiktoken
 import tyro
 from tqdm import tqdm
 
-from plumbing import configurator
-import corpus
 import data
-from plumbing import storage
+from plumbing import configurator, storage
 from plumbing.configurator import UserError
-from data import FORMAT, tokenizer
+from plumbing.tokenizers import tokenizer
 
-JOB_TOKENS = 2**16  # about what a worker encodes at a time
-PART_BYTES = 2**24  # of a token file between two records of progress: what a kill can cost
-SAMPLE_DOCUMENTS, SAMPLE_TOKENS = 1000, 2**19  # encoded first, whichever is less, to tell the size of the result
+BUILDERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+HUB = {  # places tried in order: the first was a loading script for years, the others are complete copies in parquet
+    "openwebtext": (("Skylion007/openwebtext", "main"), ("Skylion007/openwebtext", "refs/pr/19"),
+                    ("dvruette/openwebtext", "main")),
+    "fineweb-edu": (("HuggingFaceFW/fineweb-edu", "main"),),
+}
+JOB = 64  # documents that a thread reads and encodes at a time
+OPENWEBTEXT = {"documents": 8_013_769, "val": 4_434_897, "train": 9_035_582_198}  # nanoGPT's data/openwebtext
 
 
 @dataclass
@@ -55,19 +53,147 @@ class PrepareConfig:
     """Tokenize a corpus into train.bin, val.bin and meta.json."""
 
     source: tyro.conf.Positional[Literal["python", "files", "openwebtext", "fineweb-edu"]]  # python: its own library
-    paths: tyro.conf.Positional[tuple[str, ...]] = ()  # for files: .txt, .jsonl or .parquet
-    out: str | None = None  # directory to write; default data/SOURCE
-    tokenizer: str | None = None  # bytes, gpt2, or another name that tiktoken knows; default gpt2 for a hub's corpus
-    max_tokens: int | None = None  # end train.bin with the last whole document within this; val.bin stays the same
-    repository: str | None = None  # hub: another copy of the corpus, or a directory laid out like one
-    revision: str | None = None  # hub: branch, tag or commit; meta.json records the commit that it was
-    config_name: str | None = None  # hub: which part of the repository; default sample-10BT for fineweb-edu
+    paths: tyro.conf.Positional[tuple[str, ...]] = ()  # for files: files, folders, or patterns such as "*.txt"
+    out: str = ""  # directory to write; default data/SOURCE
+    tokenizer: str = ""  # bytes, gpt2, or another name that tiktoken knows; default gpt2 for a corpus of the hub
+    max_tokens: int | None = None  # end train.bin with the last complete document within this
+    repository: str = ""  # hub: a different copy of the corpus, or a directory laid out like one
+    revision: str = "main"  # hub: branch, tag or commit of --repository
+    config_name: str = ""  # hub: which part of the repository; default sample-10BT for fineweb-edu
     site_packages: bool = False  # python: add the source of every installed package
-    sample_by: Literal["document", "paragraph", "line"] = "document"  # files: what of a .txt file is one document
-    text_column: str = "text"  # the column of a table, or of a .jsonl file, that holds the text
-    val_fraction: float | None = None  # share of the documents for validation; default 0.005, hub nanoGPT's 0.0005
+    sample_by: Literal["document", "paragraph", "line"] = "document"  # files: what is one document of a text file
+    text_column: str = "text"  # the column of a table, or of a JSON file, that holds the text
+    val_fraction: float = 0.0  # share of the documents for validation; default 0.005, nanoGPT's 0.0005 for the hub
     seed: int = 2357  # of the split; nanoGPT's for OpenWebText
-    workers: int = os.cpu_count() or 1  # processes
+    workers: int = os.cpu_count() or 1  # threads
+
+    def __post_init__(self):
+        on_hub = self.source in HUB
+        self.out = self.out or f"data/{self.source}"
+        self.tokenizer = self.tokenizer or ("gpt2" if on_hub else "bytes")
+        self.val_fraction = self.val_fraction or (0.0005 if on_hub else 0.005)
+        if self.source == "fineweb-edu":
+            self.config_name = self.config_name or "sample-10BT"
+        if not 0 < self.val_fraction < 1 or bool(self.paths) != (self.source == "files"):
+            raise UserError(
+                f"{self.source}: found val_fraction {self.val_fraction} and {len(self.paths)} path(s); expected a "
+                "val_fraction between 0 and 1, and paths for the source files alone"
+            )
+
+
+# ---- the documents of each source: their number, read(indices) -> texts, and where they come from
+
+
+def python_files(config: PrepareConfig):
+    """Python's own library and, if asked for, the installed packages. A file that cannot be decoded is empty."""
+    paths = sysconfig.get_paths()
+    folders, skip = [paths["stdlib"]], {"test", "tests", "idle_test", "__pycache__"}
+    if config.site_packages:
+        folders += [paths["purelib"], paths["platlib"]]
+    else:
+        skip |= {"site-packages", "dist-packages"}
+    found = {path for folder in folders for path in Path(folder).rglob("*.py") if not skip & set(path.parts)}
+    files = sorted(found)
+
+    def read(indices) -> list[str]:
+        texts = []
+        for i in indices:
+            try:
+                with tokenize.open(files[i]) as file:  # decodes as Python would
+                    texts.append(file.read())
+            except (SyntaxError, UnicodeDecodeError, OSError):
+                texts.append("")
+        return texts
+
+    return len(files), read, {"source": f"Python {platform.python_version()} library"}
+
+
+def listed_files(paths: tuple[str, ...]) -> list[str]:
+    """The resolved files that paths, folders and patterns name. Raises UserError."""
+    found = []
+    for name in map(os.path.expanduser, paths):
+        inside = os.path.join(glob.escape(name), "**") if os.path.isdir(name) else name
+        matches = [name] if os.path.isfile(name) else sorted(glob.glob(inside, recursive=True))
+        files = [os.path.realpath(path) for path in matches if os.path.isfile(path)]
+        if not files:
+            raise UserError(f"{name}: no such file or folder, or no file in it")
+        found += files
+    twice = [path for path, count in collections.Counter(found).items() if count > 1]
+    builders = {BUILDERS.get(Path(path.removesuffix(".gz")).suffix) for path in found}
+    if twice or len(builders) > 1 or None in builders:
+        what = f"{twice[0]} twice" if twice else f"files of the kinds {', '.join(sorted(map(str, builders)))}"
+        raise UserError(f"found {what}; expected each file once, all of one kind of {', '.join(BUILDERS)}")
+    return found
+
+
+def load_rows(path: str, name: str | None, column: str, **options):
+    """What `datasets` knows as `path`. Raises UserError with the reason in one line."""
+    import datasets
+    import huggingface_hub
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error is raised too
+    huggingface_hub.logging.set_verbosity_error()
+    try:
+        rows = datasets.load_dataset(path, name or None, split="train", **options)
+    except Exception as error:  # its own errors, OSErrors, pyarrow's and those of its HTTP library
+        raise UserError(" ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__) from None
+    if column not in rows.column_names:
+        raise UserError(f"no column {column!r}, found {', '.join(rows.column_names)}; set --text_column")
+
+    def read(indices) -> list[str]:
+        texts = [t.decode() if isinstance(t, bytes) else t for t in rows[indices.tolist()][column]]
+        wrong = next((text for text in texts if not isinstance(text, str | None)), None)
+        if wrong is not None:
+            raise UserError(f"column {column!r} holds {type(wrong).__name__}, expected text; set --text_column")
+        return texts
+
+    return len(rows), read
+
+
+def local_files(config: PrepareConfig):
+    """The documents of text files and tables, read through `datasets`. The file at fault is named."""
+    files = [path for path in listed_files(config.paths) if os.path.getsize(path)]
+    builder = BUILDERS[Path(files[0].removesuffix(".gz")).suffix] if files else "text"
+    how = {"text": {"sample_by": config.sample_by}, "parquet": {"columns": [config.text_column]}}.get(builder, {})
+    column = "text" if builder == "text" else config.text_column
+    escaped = [glob.escape(path) for path in files]
+    try:
+        n, read = load_rows(builder, None, column, data_files=escaped, **how)
+    except UserError as error:
+        for path in escaped:  # which one is it? `datasets` does not say
+            try:
+                load_rows(builder, None, column, data_files=[path], **how)
+            except UserError as reason:
+                raise UserError(f"{path}: {reason}; fix it or leave it out") from None
+        raise UserError(f"files: {error}") from None
+    return n, read, {"source": f"files {' '.join(Path(path).name for path in files)}"}
+
+
+def from_hub(config: PrepareConfig):
+    """A corpus from the first place on the hub that has it. Raises UserError naming every place."""
+    places = [(config.repository, config.revision)] if config.repository else HUB[config.source]
+    reasons = []
+    for repository, revision in places:
+        print(f"looking for {config.source} in {repository} at {revision}")
+        options = {} if os.path.isdir(repository) else {"revision": revision}  # a directory has no revisions
+        try:
+            n, read = load_rows(repository, config.config_name, config.text_column, **options)
+        except UserError as error:
+            reasons.append(f"{repository} at {revision}: {error}")
+            continue
+        if config.source == "openwebtext" and n != OPENWEBTEXT["documents"]:
+            raise UserError(
+                f"openwebtext: {repository} has {n:,} documents, expected {OPENWEBTEXT['documents']:,}; try "
+                "--repository=dvruette/openwebtext, or prepare it as it is: prepare_data.py files *.parquet"
+            )
+        return n, read, {"source": config.source, "repository": repository, "revision": revision}
+    raise UserError(
+        f"{config.source} could not be loaded ({'; '.join(reasons)}); check --repository, --config_name and "
+        "--revision, or connect, or set HF_HOME to a folder that has it"
+    )
+
+
+# ---- encode and write
 
 
 def split(n_documents: int, val_fraction: float, seed: int) -> dict[str, np.ndarray]:
@@ -75,267 +201,119 @@ def split(n_documents: int, val_fraction: float, seed: int) -> dict[str, np.ndar
 
     The permutation and the rounding are those of `datasets`' train_test_split, which nanoGPT uses.
     """
-    order = np.arange(n_documents, dtype=np.uint32 if n_documents <= 2**32 else np.uint64)
-    np.random.default_rng(seed).shuffle(order)  # what .permutation does, in half its memory
+    order = np.arange(n_documents, dtype=np.uint32)
+    np.random.default_rng(seed).shuffle(order)
     n_val = math.ceil(n_documents * val_fraction)
-    return {"val": order[:n_val], "train": order[n_val:]}  # val first: it is short, so a mistake shows soon
+    return {"val": order[:n_val], "train": order[n_val:]}  # val is short: written first, a mistake shows early
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Encoding, in a pool of processes
+def encode_text(text: str, encoding: tiktoken.Encoding) -> np.ndarray:
+    """The token ids (N,) of a text. It cannot forge a special token."""
+    try:
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:  # a lone surrogate becomes U+FFFD
+        return encode_text(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), encoding)
+    except ValueError:  # a run of a million spaces is too much for tiktoken's regex
+        half = len(text) // 2
+        return np.concatenate([encode_text(text[:half], encoding), encode_text(text[half:], encoding)])
 
 
-def encode(texts: Sequence, encoding: tiktoken.Encoding, dtype: str, indices) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of some documents, an end-of-text after each; and the number of ids of each, 0 for one without text.
+def encoded(order: np.ndarray, read, encoding: tiktoken.Encoding, workers: int) -> Iterator[np.ndarray]:
+    """The ids of each document in that order, with its end-of-text. Encoded by threads: tiktoken releases the GIL."""
+    end = np.array([encoding.eot_token], np.uint32)
 
-    Raises OverflowError for an id that the dtype cannot hold.
-    """
-    eot, ids, lengths = np.array([encoding.eot_token], np.uint32), [], []
-    for i in indices:
-        text = texts[i]
-        if not text:
-            lengths.append(0)
-            continue
-        try:
-            ids += [encoding.encode_to_numpy(text, disallowed_special=()), eot]
-        except UnicodeEncodeError:  # a lone surrogate, which only this one replaces
-            ids += [np.array(encoding.encode_ordinary(text), np.uint32), eot]
-        lengths.append(len(ids[-2]) + 1)
-    joined = np.concatenate([np.empty(0, np.uint32), *ids])
-    if joined.max(initial=0) > np.iinfo(dtype).max:
-        raise OverflowError(f"token id {joined.max()} does not fit {dtype}")
-    return joined.astype(dtype), np.array(lengths)
+    def encode(indices) -> list[np.ndarray]:
+        return [np.concatenate([encode_text(text, encoding), end]) for text in read(indices) if text]
+
+    jobs = (order[i : i + JOB] for i in range(0, len(order), JOB))
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = collections.deque(pool.submit(encode, job) for job in itertools.islice(jobs, 4 * workers))
+        while waiting:
+            yield from waiting.popleft().result()
+            waiting.extend(pool.submit(encode, job) for job in itertools.islice(jobs, 1))
 
 
-def start_worker(texts: Sequence, tokenizer_name: str, dtype: str):
-    """What each process of the pool keeps."""
-    global worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one sees to it
-    threading.Thread(target=follow_parent, daemon=True).start()
-    worker = texts, tokenizer(tokenizer_name), dtype
-
-
-def follow_parent():
-    """End this process when the main one is gone, even if that was killed; else it would wait for work for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def encode_job(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return encode(*worker, indices)
-
-
-def encoded(pool: ProcessPoolExecutor, order: np.ndarray, job: int, ahead: int) -> Iterator:
-    """The documents of `order`, encoded, `job` at a time and in that order; at most `ahead` jobs are in memory."""
-    waiting = collections.deque()
-    for begin in range(0, len(order), job):
-        waiting.append(pool.submit(encode_job, order[begin : begin + job]))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Writing, in parts
-
-
-def hash_of_start(path: Path, n_bytes: int):
-    """A sha256 fed with the first n_bytes of a file, or with all of a shorter one."""
-    sha256 = hashlib.sha256()
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        while n_bytes > 0 and (block := file.read(min(n_bytes, 2**20))):
-            sha256.update(block)
-            n_bytes -= len(block)
-    return sha256
-
-
-def write_split(out: Path, name: str, progress: dict, order: np.ndarray, encode_rest, max_tokens: float):
-    """Append the documents of `order` that are still missing to a token file, and what it holds to `progress`.
-
-    encode_rest(order) yields (ids, lengths) of documents in that order. A start that is not what progress says, as
-    after a crash of the system, is written anew.
-    """
-    path, itemsize = out / f"{name}.bin", np.dtype(progress["dtype"]).itemsize
-    fresh = {"read": 0, "tokens": 0, "documents": 0, "max_id": 0, "sha256": hashlib.sha256().hexdigest()}
-    entry = progress["splits"].get(name, fresh)
-    sha256 = hash_of_start(path, entry["tokens"] * itemsize)
-    if sha256.hexdigest() != entry["sha256"]:
-        entry, sha256 = fresh, hashlib.sha256()
-
-    def record():
+def write_split(path: Path, documents: Iterator[np.ndarray], dtype: str, max_tokens: float, total: int) -> dict:
+    """Write a token file of complete documents, at most max_tokens. Returns its entry in meta.json."""
+    entry, sha256 = {"tokens": 0, "documents": 0, "max_id": 0}, hashlib.sha256()
+    with open(path, "wb") as file, tqdm(desc=path.stem, total=total, unit=" documents", disable=None) as bar:
+        for ids in documents:
+            if entry["tokens"] + len(ids) > max_tokens:
+                break
+            if ids.max() > np.iinfo(dtype).max:
+                raise OverflowError(f"token id {ids.max()} does not fit {dtype}")
+            stored = ids.astype(dtype)
+            file.write(stored)
+            sha256.update(stored)
+            entry["tokens"] += len(ids)
+            entry["documents"] += 1
+            entry["max_id"] = max(entry["max_id"], int(ids.max()))
+            bar.update()
         file.flush()
         os.fsync(file.fileno())
-        progress["splits"][name] = entry | {"sha256": sha256.hexdigest()}
-        storage.replace_json(out / "progress.json", progress)
-
-    begun, kept = time.perf_counter(), entry["tokens"]
-    # The total is what the tokens so far make likely, so that the time left is told in the unit that takes the time.
-    bar = tqdm(desc=path.name, initial=kept, unit=" tokens", unit_scale=True, disable=None)
-    with open(path, "ab") as file, bar:
-        file.truncate(entry["tokens"] * itemsize)
-        recorded = kept
-        for ids, lengths in encode_rest(order[entry["read"] :]):
-            whole = int(np.searchsorted(np.cumsum(lengths), max_tokens - entry["tokens"], "right"))
-            ids = ids[: int(lengths[:whole].sum())]
-            file.write(ids)
-            sha256.update(ids)
-            entry["read"] += whole
-            entry["tokens"] += len(ids)
-            entry["documents"] += int(np.count_nonzero(lengths[:whole]))
-            entry["max_id"] = max(entry["max_id"], int(ids.max(initial=0)))
-            bar.total = min(max_tokens, round(entry["tokens"] / max(entry["read"], 1) * len(order)))
-            bar.update(len(ids))
-            if whole < len(lengths):  # the next document is beyond max_tokens
-                break
-            if (entry["tokens"] - recorded) * itemsize >= PART_BYTES:
-                recorded = entry["tokens"]
-                record()
-        record()
-    speed = (entry["tokens"] - kept) / (time.perf_counter() - begun)
-    print(f"{path}: {entry['tokens']:,} tokens of {entry['documents']:,} documents, {speed:,.0f} tokens a second")
+    return entry | {"sha256": sha256.hexdigest()}
 
 
-def expected_size(config: PrepareConfig, texts, encoding, dtype: str, indices: dict) -> tuple[int, int]:
-    """Bytes of both token files, from a sample of the documents, and how many of these make a job."""
-    sample = n_tokens = 0
-    for i in itertools.islice(itertools.chain(indices["train"], indices["val"]), SAMPLE_DOCUMENTS):
-        n_tokens += len(encode(texts, encoding, dtype, [i])[0])
-        sample += 1
-        if n_tokens > SAMPLE_TOKENS:
-            break
-    tokens = {name: len(order) * n_tokens / sample for name, order in indices.items()}
-    size = (tokens["val"] + min(tokens["train"], config.max_tokens or math.inf)) * np.dtype(dtype).itemsize
-    return int(size), max(1, min(SAMPLE_DOCUMENTS, JOB_TOKENS * sample // max(n_tokens, 1)))
+# ---- the command
 
 
-def check_tokens(config: PrepareConfig, name: str, entry: dict):
-    """Raise UserError if a corpus of nanoGPT, split and encoded as it does, has not the tokens that it has there."""
-    expected = dict(corpus.HUB[config.source].tokens).get(name) if config.source in corpus.HUB else None
-    like_nanogpt = (config.tokenizer, config.val_fraction, config.seed) == ("gpt2", 0.0005, 2357)
-    if expected and like_nanogpt and not (name == "train" and config.max_tokens) and entry["tokens"] != expected:
+def check_up_to_date(config: PrepareConfig, arguments: dict) -> bool:
+    """Whether the directory already holds what these arguments make. Raises UserError if it holds something else."""
+    if not (Path(config.out) / "meta.json").exists():
+        return False
+    then = data.verify(config.out).get("arguments", {})
+    changed = [key for key in arguments if arguments[key] != then.get(key)]
+    if changed:
         raise UserError(
-            f"{config.source}: {name} has {entry['tokens']:,} tokens, expected {expected:,}: another text than "
-            "nanoGPT's; try --repository=dvruette/openwebtext or another --revision, with another --out, or prepare "
-            "it as it is: python prepare_data.py files *.parquet"
+            f"{config.out} was prepared with a different {', '.join(changed)}; choose a different --out or remove it"
         )
+    return True
 
 
-# ----------------------------------------------------------------------------------------------------------
-
-
-def checked(config: PrepareConfig) -> PrepareConfig:
-    """The settings with what depends on the source filled in. Raises UserError if they make no sense."""
-    hub = config.source in corpus.HUB
-    config = replace(
-        config,
-        out=config.out or f"data/{config.source}",
-        tokenizer=config.tokenizer or ("gpt2" if hub else "bytes"),
-        val_fraction=(0.0005 if hub else 0.005) if config.val_fraction is None else config.val_fraction,
-    )
-    least = min(config.workers, 1 if config.max_tokens is None else config.max_tokens)
-    if not 0 < config.val_fraction < 1 or least < 1 or config.seed < 0:
-        raise UserError(
-            f"val_fraction is {config.val_fraction}, workers {config.workers}, seed {config.seed}, max_tokens "
-            f"{config.max_tokens}; expected 0 < val_fraction < 1, workers >= 1, seed >= 0, max_tokens >= 1"
-        )
-    if config.paths and config.source != "files":
-        raise UserError(f"{config.source}: found a path {config.paths[0]}, expected none; paths are for: files")
-    if (config.repository or config.revision or config.config_name) and not hub:
-        raise UserError(f"{config.source}: --repository, --revision, --config_name are for: {', '.join(corpus.HUB)}")
-    if config.revision and os.path.isdir(config.repository or ""):
-        raise UserError(f"--revision={config.revision}: {config.repository} is a directory and has none; leave it out")
-    return config
-
-
-def identity(config: PrepareConfig) -> dict:
-    """The arguments that decide what is written, and the size and time of change of each file among them."""
+def prepare(config: PrepareConfig):
+    """Make the data directory. Call it with the directory locked. Raises UserError."""
     arguments = {key: value for key, value in asdict(config).items() if key not in ("out", "workers")}
-    states = {path: os.stat(path) if os.path.exists(path) else None for path in config.paths}
-    arguments["paths"] = [[path, *([s.st_size, s.st_mtime_ns] if s else [])] for path, s in states.items()]
-    arguments["python"] = platform.python_version() if config.source == "python" else None
-    return arguments
-
-
-def found(out: Path) -> tuple[dict, bool]:
-    """What a directory was prepared from, finished (True) or not: meta.json, progress.json, or nothing."""
-    with contextlib.suppress(UserError):  # what is damaged is made again
-        return data.verify(out), True
-    with contextlib.suppress(UserError):
-        begun = storage.read_json(out / "progress.json")
-        return (begun, False) if isinstance(begun.get("arguments"), dict) else ({}, False)
-    return {}, False
+    arguments["paths"] = [[path, os.path.getsize(path)] for path in listed_files(config.paths)]
+    if check_up_to_date(config, arguments):
+        print(f"{config.out} is up to date")
+        return
+    encoding = tokenizer(config.tokenizer)
+    dtype = "<u2" if encoding.n_vocab <= 2**16 else "<u4"
+    source = {"python": python_files, "files": local_files}.get(config.source, from_hub)
+    n, read, origin = source(config)
+    out, splits = Path(config.out), {}
+    for name, order in split(n, config.val_fraction, config.seed).items():
+        most = config.max_tokens or math.inf if name == "train" else math.inf
+        documents = encoded(order, read, encoding, config.workers)
+        splits[name] = write_split(out / f".{name}.partial", documents, dtype, most, len(order))
+        expected, found = OPENWEBTEXT[name], splits[name]["tokens"]
+        like_nanogpt = (config.source, config.tokenizer, config.val_fraction) == ("openwebtext", "gpt2", 0.0005)
+        if like_nanogpt and found != expected and most == math.inf and config.seed == 2357:
+            raise UserError(f"openwebtext: {name} has {found:,} tokens, expected {expected:,}; try another --revision")
+    if not all(entry["tokens"] for entry in splits.values()):
+        counts = ", ".join(f"{name} {entry['documents']}" for name, entry in splits.items())
+        raise UserError(f"documents with text: {counts}; expected at least 1 each; add text or change --val_fraction")
+    for name, entry in splits.items():
+        (out / f".{name}.partial").replace(out / f"{name}.bin")
+        print(f"{out}/{name}.bin: {entry['tokens']:,} tokens of {entry['documents']:,} documents")
+    meta = {
+        "format": data.FORMAT, **origin, "tokenizer": encoding.name, "vocab_size": encoding.n_vocab,
+        "eot": encoding.eot_token, "dtype": dtype, "splits": splits, "arguments": arguments,
+    }
+    storage.replace_json(out / "meta.json", meta)  # last: if it exists, the preparation was finished
 
 
 def main():
-    config = checked(configurator.load(PrepareConfig))
-    out, arguments = Path(config.out), identity(config)
-    begun, finished = found(out)
-    changed = [key for key in arguments if arguments[key] != begun.get("arguments", {}).get(key)] if begun else []
-    if changed:
-        raise UserError(
-            f"{out} was {'prepared' if finished else 'begun'} with another {', '.join(changed)}; choose another --out, "
-            "or remove it first"
-        )
-    if finished:
-        print(f"{out} is up to date")
-        return
-
-    encoding = tokenizer(config.tokenizer)
-    dtype = "<u2" if encoding.n_vocab <= 2**16 else "<u4"
-    texts, origin = corpus.documents(config, begun.get("origin"))
-    indices = split(len(texts), config.val_fraction, config.seed)
-    counts = ", ".join(f"{name} {len(indices[name])}" for name in ("train", "val"))
-    more = "add documents or lower --val_fraction"
-    if any(path.endswith(".txt") for path in config.paths) and config.sample_by == "document":
-        more += ", or cut the files into more of them with --sample_by=paragraph"
-    if not all(map(len, indices.values())):
-        raise UserError(f"{config.source}: documents: {counts}; expected at least 1 each; {more}")
-    progress = {"arguments": arguments, "origin": origin, "documents": len(texts), "dtype": dtype, "splits": {}}
-    if begun and begun.get("documents") != len(texts):
-        raise UserError(f"{out} was begun with {begun.get('documents')} documents, found {len(texts)}; remove it first")
-    size, job = expected_size(config, texts, encoding, dtype, indices)
-    size -= sum(path.stat().st_size for path in out.glob("*.bin"))
-    corpus.check_disk("the token files", {config.out: max(size, 0)})
-
-    def encode_rest(order):
-        return encoded(pool, order, job, ahead=4 * config.workers)
-
-    with storage.lock(out):
-        (out / "meta.json").unlink(missing_ok=True)
-        progress["splits"] = begun.get("splits", {})
-        pool = ProcessPoolExecutor(config.workers, initializer=start_worker, initargs=(texts, config.tokenizer, dtype))
-        try:
-            for name, order in indices.items():
-                limit = config.max_tokens or math.inf if name == "train" else math.inf
-                write_split(out, name, progress, order, encode_rest, limit)
-                check_tokens(config, name, progress["splits"][name])
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker was killed, perhaps for want of memory; the same command with fewer --workers goes on",
-                exit_code=1,
-            ) from None
-        except OSError as error:
-            raise UserError(f"{out} was not written: {error.strerror}; the same command goes on", 1) from None
-        finally:
-            pool.shutdown(cancel_futures=True)  # what is not encoded yet is not wanted any more
-
-        splits = {name: progress["splits"][name] for name in ("train", "val")}
-        if not all(entry["tokens"] for entry in splits.values()):
-            (out / "progress.json").unlink()
-            counts = ", ".join(f"{name} {entry['documents']}" for name, entry in splits.items())
-            more = more if splits["val"]["tokens"] else more.replace("lower", "raise")
-            more = f"raise --max_tokens, {more}" if config.max_tokens else more
-            raise UserError(f"{config.source}: documents with text: {counts}; expected at least 1 each; {more}")
-        meta = {
-            "format": FORMAT, **origin,
-            "tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token, "dtype": dtype,
-            "splits": {name: {k: v for k, v in entry.items() if k != "read"} for name, entry in splits.items()},
-            "split_rule": "default_rng(seed).permutation(documents); the first ceil(val_fraction * documents) are val",
-            "arguments": arguments,
-        }  # fmt: skip
-        storage.replace_json(out / "meta.json", meta)  # last: its presence says that all of it is done
-        (out / "progress.json").unlink()
+    config = configurator.load(PrepareConfig)
+    listed_files(config.paths)  # a mistake leaves no directory behind
+    lock = storage.Lock(config.out)
+    lock.acquire()
+    try:
+        prepare(config)
+    except OSError as error:
+        raise UserError(f"{config.out} was not written: {error.strerror or error}", exit_code=1) from None
+    finally:
+        lock.release()
 
 
 if __name__ == "__main__":

@@ -128,19 +128,6 @@ def distillation_loss(logits, targets, teacher_logits, alpha: float, tau: float)
     return alpha * F.cross_entropy(logits, targets.flatten()) + (1 - alpha) * tau**2 * divergence
 
 
-def step_batches(config: TrainConfig, tokens: np.ndarray, step: int, device: torch.device):
-    """Yield this process's micro-batches (x, y), each (B, T), of update `step`, and seed the dropout of each."""
-    rank, world_size = machine.rank_and_world_size()
-    T = config.block_size
-    starts = data.train_starts(len(tokens), T, config.seed, step, config.tokens_per_step // T)
-    starts = starts.reshape(-1, world_size, config.micro_batch)[:, rank]
-    for micro_step, micro_starts in enumerate(starts):
-        if config.dropout:  # the same masks whenever this step is made again
-            seeds = np.random.SeedSequence([config.seed, step, rank, micro_step])
-            torch.manual_seed(int(seeds.generate_state(1)[0]))
-        yield tuple(machine.send(t, device) for t in data.windows(tokens, micro_starts, T))
-
-
 def training_loss(config: TrainConfig, parallel, teacher, autocast, x, y, is_last: bool):
     """The loss of a micro-batch (B, T), a scalar. DDP averages gradients only on the last one of a step."""
     parallel.require_backward_grad_sync = is_last
@@ -300,6 +287,7 @@ def loop(config: TrainConfig) -> Path:
     log = functools.partial(storage.append_json, out_dir / "metrics.jsonl") if rank == 0 else lambda _: None
     progress = tqdm(total=config.max_steps, initial=start_step, unit="step", disable=None if rank == 0 else True)
     timed_from, t0 = start_step, time.perf_counter()
+    rate, loss, grad_norm = 0.0, None, None  # of the last update; loss and norm are on the device
     model.train()
     for step in itertools.count(start_step):
         stop, last = machine.stop_requested(), step == config.max_steps
@@ -353,12 +341,12 @@ def loop(config: TrainConfig) -> Path:
         rate = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batches = step_batches(config, train_tokens, step, device)
+        batches = machine.send_all(data.step_batches(train_tokens, config, step, rank, world_size), device)
         loss, grad_norm = train_step(model, optimizer, scaler, config.grad_clip, loss_of, batches, accumulation)
         progress.update()
 
 
-def train(config: TrainConfig) -> Path | None:
+def train(config: TrainConfig) -> Path:
     """Train as configured. Returns the last checkpoint, also of a run that was already finished.
 
     Raises UserError, also when a signal stopped the run, which has then been saved.
@@ -367,8 +355,6 @@ def train(config: TrainConfig) -> Path | None:
     machine.on_rank_0(lock.acquire)
     try:
         return loop(config)
-    except torch.OutOfMemoryError:
-        raise UserError(f"out of memory; lower --micro_batch (now {config.micro_batch})", exit_code=1) from None
     finally:
         lock.release()
 

@@ -1,6 +1,5 @@
 """A checkpoint is a Hugging Face GPT-2 directory: save and load models, and what a run needs to resume.
 
-    python train.py config/demo.toml --out_dir=out/mine       # writes out/mine/step-00000300/
     python -c "from plumbing import checkpoint; print(checkpoint.load_model('out/demo/reference').config)"
     python -c "import transformers; transformers.AutoModelForCausalLM.from_pretrained('out/.../step-00000300')"
 
@@ -31,10 +30,10 @@ from plumbing.tokenizers import hf_files
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored (in, out) by GPT-2, (out, in) by nn.Linear
 MASK_BUFFER = re.compile(r"\.attn\.(masked_)?bias$")  # the causal mask, which old GPT-2 files carry
 RENAMED = {"block_size": "n_positions", "dropout": "resid_pdrop"}  # GPTConfig's names -> GPT2Config's
-FIXED = {  # what model.py computes, as GPT2Config says it: the value, then other accepted values
-    "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "n_inner": (None,),
-    "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,), "tie_word_embeddings": (True,),
-    "add_cross_attention": (False,),
+FIXED = {  # what model.py computes, in GPT2Config's words: the value we write, then others that mean the same
+    "model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "n_inner": [None],
+    "layer_norm_epsilon": [1e-5], "scale_attn_weights": [True], "tie_word_embeddings": [True],
+    "add_cross_attention": [False],
 }
 
 
@@ -43,17 +42,16 @@ FIXED = {  # what model.py computes, as GPT2Config says it: the value, then othe
 
 def hf_config(config: GPTConfig, tokenizer: str, eot: int) -> dict:
     """config.json of a model. Every option of GPTConfig is in it, under GPT2Config's name where it has one."""
+    fixed = {key: values[0] for key, values in FIXED.items()}
     options = {RENAMED.get(key, key): value for key, value in asdict(config).items()}
-    return {key: values[0] for key, values in FIXED.items()} | options | {
-        "architectures": ["GPT2LMHeadModel"], "n_ctx": config.block_size,  # llama.cpp reads n_ctx
-        "embd_pdrop": config.dropout, "attn_pdrop": config.dropout,
-        "bos_token_id": eot, "eos_token_id": eot, "tokenizer": tokenizer,
-    }
+    ours = {"architectures": ["GPT2LMHeadModel"], "n_ctx": config.block_size, "tokenizer": tokenizer}
+    dropout = {"embd_pdrop": config.dropout, "attn_pdrop": config.dropout}
+    return fixed | options | ours | dropout | {"bos_token_id": eot, "eos_token_id": eot}
 
 
 def gpt_config(table: dict, path: Path) -> GPTConfig:
     """The GPTConfig of a config.json. Raises UserError for whatever model.py would compute differently."""
-    accepted = FIXED | {"n_inner": (None, 4 * table.get("n_embd", 0))}
+    accepted = FIXED | {"n_inner": [None, 4 * table.get("n_embd", 0)]}
     wrong = [
         f"{key} is {table[key]!r}, expected {values[0]!r}"
         for key, values in accepted.items()
@@ -61,18 +59,20 @@ def gpt_config(table: dict, path: Path) -> GPTConfig:
     ]
     options = {"bias": True, "dropout": 0.0}  # OpenAI's models have biases; dropout is a setting of train.py
     for field in fields(GPTConfig):
-        value = table.get(RENAMED.get(field.name, field.name), options.get(field.name))
-        if field.name == "dropout" or value is None and field.name == "scale_attn_by_inverse_layer_idx":
-            continue
-        options[field.name] = value
-        if type(value) is not field.type:  # "false" would be true, 2.0 layers a traceback later
-            wrong.append(f"{field.name} is {value!r}, expected {field.type.__name__}")
+        key = RENAMED.get(field.name, field.name)
+        if key in table and field.name != "dropout":
+            options[field.name] = table[key]
+        elif field.name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+            wrong.append(f"no {key}")
+        if type(options.get(field.name, field.default)) is not field.type:  # "false" would be taken for true
+            wrong.append(f"{key} is {table[key]!r}, expected {field.type.__name__}")
+    try:
+        config = GPTConfig(**options) if not wrong else None
+    except ValueError as error:
+        wrong.append(str(error))
     if wrong or "model_type" not in table:
         raise UserError(f"{path}/config.json: {'; '.join(wrong) or 'no model_type'}")
-    try:
-        return GPTConfig(**options)
-    except ValueError as error:
-        raise UserError(f"{path}/config.json: {error}") from None
+    return config
 
 
 def read_config(path: Path) -> GPTConfig:
@@ -81,13 +81,10 @@ def read_config(path: Path) -> GPTConfig:
 
 
 def check_tokenizer(path: Path, meta: dict):
-    """Raise UserError if a model reads different tokens than a data directory has. OpenAI's models name none: gpt2."""
-    found = storage.read_json(path / "config.json").get("tokenizer", "gpt2")
-    if found != meta["tokenizer"]:
-        raise UserError(
-            f"{path} reads tokens of {found!r}, the data has tokens of {meta['tokenizer']!r}; "
-            f"prepare data with --tokenizer={found}"
-        )
+    """Raise UserError if a model reads other tokens than the data has. OpenAI's models name none: gpt2."""
+    found, needed = storage.read_json(path / "config.json").get("tokenizer", "gpt2"), meta["tokenizer"]
+    if found != needed:
+        raise UserError(f"{path} reads tokens of {found!r}, the data has those of {needed!r}; prepare different data")
 
 
 # ---- weights
@@ -141,7 +138,7 @@ def stored_weights(path: Path) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def load_weights(weights: dict[str, torch.Tensor], model: GPT, path: Path):
-    """Fill a model with stored weights, every parameter exactly once. Raises UserError naming what does not fit."""
+    """Fill a model, every parameter exactly once. Raises UserError naming what does not fit."""
     if not model.config.bias:
         weights = {key: tensor for key, tensor in weights.items() if not key.endswith(".bias")}
     parameters = dict(model.named_parameters())
@@ -154,7 +151,7 @@ def load_model(name: str | Path, dtype: torch.dtype = torch.float32, dropout: fl
     """The model in a checkpoint, a run or on the hub, on the CPU, in evaluation mode. Raises UserError."""
     path = storage.resolve(name)
     config, weights = replace(read_config(path), dropout=dropout), stored_weights(path)
-    # fine-tuned in transformers, the biases of a model without biases are no longer zero
+    # fine-tuned in transformers, a model's biases may no longer be zero
     config.bias = config.bias or any(tensor.any() for key, tensor in weights.items() if key.endswith(".bias"))
     with torch.device("meta"):  # no time and no random numbers for weights that are about to be replaced
         model = GPT(config)
@@ -164,7 +161,7 @@ def load_model(name: str | Path, dtype: torch.dtype = torch.float32, dropout: fl
 
 
 def open_model(name: str, meta: dict, dtype: torch.dtype, options: dict, seed: int = 0) -> tuple[GPT, dict]:
-    """The model that a run starts from or is taught by, on the CPU, and its lineage: fresh weights for "scratch".
+    """The model that a run starts from or is taught by, on the CPU, and its lineage. "scratch": fresh weights.
 
     Raises UserError unless it has these model options and reads the tokens of the data.
     """
@@ -178,32 +175,31 @@ def open_model(name: str, meta: dict, dtype: torch.dtype, options: dict, seed: i
     check_tokenizer(path, meta)
     model = load_model(path, dtype, options.get("dropout", 0.0))
     found = asdict(model.config)
-    differ = [f"{key}: checkpoint {found[key]}, settings {options[key]}" for key in options if found[key] != options[key]]
+    differ = [f"{key}: checkpoint {found[key]}, settings {value}" for key, value in options.items() if found[key] != value]
     if differ:
         raise UserError(f"{path} does not have the expected model options: {'; '.join(differ)}")
     return model, origin(path)
 
 
-def save(path: str | Path, model: GPT, tokenizer: str, eot: int, optimizer=None, files: dict[str, dict] | None = None):
+def save(path: str | Path, model: GPT, tokenizer: str, eot: int, optimizer=None, files: dict | None = None):
     """Publish a model, with its optimizer's state and more JSON files (name -> content) for a resumable run.
 
     Raises UserError, exit code 1, for a value that is not finite and for whatever the disk refuses.
     """
-    weights, moments = hf_tensors(model), {}
+    tensors = {"model": hf_tensors(model), "optimizer": {}}
     for key, parameter in model.named_parameters() if optimizer else ():
         for part, value in optimizer.state[parameter].items():
-            moments[f"{key}|{part}"] = hf_layout(key, value)
-    for key, value in (weights | moments).items():
+            tensors["optimizer"][f"{key}|{part}"] = hf_layout(key, value)
+    for key, value in (tensors["model"] | tensors["optimizer"]).items():
         if not value.isfinite().all():
             raise UserError(f"{path} was not written: {key} holds values that are not finite", exit_code=1)
     files = hf_files(tokenizer, model.config.block_size) | (files or {})
-    files["config.json"] = hf_config(model.config, tokenizer, eot)
     with storage.publish(path) as directory:
-        for name, tensors in (("model", weights), ("optimizer", moments)):
-            if tensors:
-                contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-                save_file(contiguous, directory / f"{name}.safetensors", metadata={"format": "pt"})
-        for name, content in files.items():
+        for stem, values in tensors.items():
+            if values:
+                values = {key: value.contiguous() for key, value in values.items()}
+                save_file(values, directory / f"{stem}.safetensors", metadata={"format": "pt"})
+        for name, content in (files | {"config.json": hf_config(model.config, tokenizer, eot)}).items():
             storage.write_json(directory / name, content)
 
 
@@ -219,9 +215,10 @@ def read_state(path: Path) -> dict:
 
 def load_optimizer(path: Path, model: GPT, optimizer: torch.optim.Optimizer):
     """Put the optimizer state of a directory into place. Raises UserError naming what does not fit."""
-    shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
     names = {parameter: key for key, parameter in model.named_parameters()}
-    found = {name: hf_layout(name.split("|")[0], t) for name, t in storage.read_tensors(path, "optimizer").items()}
+    shapes = {key: parameter.shape for parameter, key in names.items()}
+    stored = storage.read_tensors(path, "optimizer")
+    found = {name: hf_layout(name.split("|")[0], tensor) for name, tensor in stored.items()}
     parts = {"exp_avg": shapes, "exp_avg_sq": shapes, "step": dict.fromkeys(shapes, torch.Size([]))}
     check_tensors(path, found, {f"{key}|{part}": parts[part][key] for part in parts for key in shapes})
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
@@ -235,35 +232,30 @@ def load_optimizer(path: Path, model: GPT, optimizer: torch.optim.Optimizer):
 def to_resume(run_dir: Path, resume: bool | str) -> Path | None:
     """The checkpoint that a run resumes from, None for a fresh start. `resume` is True, False or "auto".
 
-    Raises UserError where a fresh start would overwrite a run, and where there is nothing to resume.
+    Raises UserError where a fresh start would overwrite a run, and where there is nothing to resume. What the run
+    writes again is dropped: later log lines, and damaged later checkpoints.
     """
     found = storage.steps(run_dir)
     if found and not resume:
         raise UserError(f"{run_dir} holds checkpoints; add --resume to continue it, or choose a different out_dir")
     newest = storage.latest(run_dir)
     if newest is None and (found or resume is True):
-        remedy = "remove them or choose a different out_dir" if found else "start without --resume"
-        raise UserError(f"no usable checkpoint in {run_dir} (found {len(found)} damaged); {remedy}")
-    forget_after(run_dir, int(newest.name.removeprefix("step-")) if newest else -1)
+        raise UserError(f"no usable checkpoint in {run_dir} ({len(found)} damaged); choose a different out_dir")
+    log, partial = run_dir / "metrics.jsonl", run_dir / ".metrics.jsonl.partial"
+    if log.is_file():
+        last = int(newest.name.removeprefix("step-")) if newest else -1
+        kept = [json.dumps(line) + "\n" for line in storage.read_log(log) if line["step"] <= last]
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(log)
+    for path in found[found.index(newest) + 1 :] if newest else ():
+        aside = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
     return newest
 
 
-def forget_after(run_dir: Path, step: int):
-    """Drop what a run that resumes from `step` writes again: later log lines, and damaged later checkpoints."""
-    log, partial = run_dir / "metrics.jsonl", run_dir / ".metrics.jsonl.partial"
-    kept = [line for line in storage.read_log(log) if line["step"] <= step]
-    if log.is_file():
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        partial.replace(log)
-    for path in storage.steps(run_dir):
-        if int(path.name.removeprefix("step-")) > step:
-            aside = path.with_name(f"damaged-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-
-
 def resume(path: Path, model: GPT, optimizer, scaler, settings: dict, override: list[str]) -> dict:
-    """Load a checkpoint into a run with these settings. Returns its state. Raises UserError if a setting differs."""
+    """Load a checkpoint into a run with these settings. Returns its state. UserError if a setting differs."""
     state = read_state(path)
     then = state["settings"] | state.get("made_from", {})
     changed = [key for key in settings if key not in override and then.get(key) != settings[key]]
@@ -274,7 +266,7 @@ def resume(path: Path, model: GPT, optimizer, scaler, settings: dict, override: 
             f"or allow the change with --override={','.join(filter(None, changed + override))}"
         )
     if state["step"] > settings["max_steps"]:
-        raise UserError(f"{path} is beyond max_steps {settings['max_steps']}; raise it or use a different out_dir")
+        raise UserError(f"{path} is beyond max_steps {settings['max_steps']}; raise it or change out_dir")
     load_weights(stored_weights(path), model, path)
     load_optimizer(path, model, optimizer)
     if state["scaler"]:

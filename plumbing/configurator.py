@@ -42,6 +42,11 @@ def run(main):
     except UserError as error:
         print(error if error.exit_code > 128 else f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):  # CUDA; CPU
+            raise
+        print(f"error: {str(error).splitlines()[0][:200]}; lower --micro_batch", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader has closed the pipe, as `| head` does

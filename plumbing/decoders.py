@@ -41,7 +41,7 @@ def load(path: Path, untrained: bool = False) -> torch.nn.Module:
     torch.manual_seed(0)  # for the untrained one
     if storage.read_json(path / "config.json").get("model_type") == "gpt2":
         return GPT(checkpoint.read_config(path)).eval() if untrained else checkpoint.load_model(path)
-    settings = {"attn_implementation": "eager", "dtype": torch.float32, **SAFE}  # fused: no matrices
+    settings = {"attn_implementation": "eager", "dtype": torch.float32, **SAFE}  # fused kernels: no matrices
     with transformers_for(path) as transformers:
         config = transformers.AutoConfig.from_pretrained(path, **SAFE)
         if untrained:
@@ -61,8 +61,8 @@ def longest_sequence(path: Path) -> int:
 
 
 def n_layer(model: torch.nn.Module) -> int:
-    is_gpt = isinstance(model, GPT)
-    return model.config.n_layer if is_gpt else model.config.get_text_config().num_hidden_layers
+    config = model.config
+    return config.n_layer if isinstance(model, GPT) else config.get_text_config().num_hidden_layers
 
 
 def validation_tokens(path: Path, model: torch.nn.Module, stored: np.ndarray, meta: dict):
@@ -99,7 +99,7 @@ def checked(A: torch.Tensor, layer: int) -> torch.Tensor:
 
 @torch.no_grad()
 def attention_matrices(model: torch.nn.Module, idx: torch.Tensor, visit):
-    """Call visit(layer, attention (B, H, T, T)) for each layer that has attention, on tokens idx (B, T). UserError.
+    """Call visit(layer, attention (B, H, T, T)) for each layer that has attention, on idx (B, T). UserError.
 
     One layer is in memory at a time.
     """
@@ -109,21 +109,18 @@ def attention_matrices(model: torch.nn.Module, idx: torch.Tensor, visit):
             visit(layer, checked(block.attn.matrix(block.ln_1(x)), layer))
             x = block(x)
         return
-    seen, handles, (B, T) = set(), contextlib.ExitStack(), idx.shape
+    attentions = {m: name for name, m in model.named_modules() if "Attention" in type(m).__name__}
+    seen, T = set(), idx.shape[1]
 
-    def take(layer: int, output):
-        for part in output if isinstance(output, tuple) else ():
-            is_square = torch.is_tensor(part) and part.ndim == 4 and (len(part), *part.shape[2:]) == (B, T, T)
+    def hook(module, inputs, output):
+        number = re.search(r"\.(\d+)\.", attentions.get(module, ""))  # "model.layers.3.self_attn"
+        for part in output if number and isinstance(output, tuple) else ():
+            layer, is_square = int(number[1]), torch.is_tensor(part) and part.shape[2:] == (T, T)
             if is_square and layer not in seen:  # some families put one attention module inside another
                 seen.add(layer)
                 visit(layer, checked(part, layer))
 
-    with handles:
-        for name, module in model.named_modules():
-            number = re.search(r"\.(\d+)\.", name)  # "model.layers.3.self_attn", "transformer.h.3.attn"
-            if number and "Attention" in type(module).__name__:
-                handle = module.register_forward_hook(lambda _, __, output, i=int(number[1]): take(i, output))
-                handles.callback(handle.remove)
+    with torch.nn.modules.module.register_module_forward_hook(hook):
         model.base_model(input_ids=idx, use_cache=False)  # without the head, whose logits are not needed
     if not seen:
-        raise UserError(f"{type(model).__name__} has no attention matrix; expected a layer of softmax attention")
+        raise UserError(f"{type(model).__name__} has no attention matrix; expected a softmax attention layer")

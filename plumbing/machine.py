@@ -121,11 +121,11 @@ def keep_freed_memory():
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep freed memory up to this
 
 
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor on the device. For a GPU the CPU does not wait for the copy."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+def send_all(batches, device: torch.device):
+    """Yield batches of CPU tensors on the device. The CPU does not wait for a copy to a GPU."""
+    on_gpu = device.type == "cuda"
+    for batch in batches:
+        yield [(t.pin_memory() if on_gpu else t).to(device, non_blocking=on_gpu) for t in batch]
 
 
 # ---- processes

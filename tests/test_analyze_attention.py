@@ -1,236 +1,396 @@
-"""analyze_attention.py: what the command leaves, follows from the matrices; two models; other families."""
+"""analyze_attention.py: the paper's definitions against an independent script; measures; files."""
 
 import csv
+import errno
+import hashlib
 import json
 import math
-import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, call_script, options, random_model, read_metrics
-from PIL import Image
-from safetensors.torch import load_file, save_file
-from test_attention import svd_rank, tiny
+from conftest import call_script, random_model
+from test_decoders import save
 
 import analyze_attention
-import attention
-from plumbing import checkpoint
-import inherit
-import report
-import train
+from analyze_attention import MEASURES, AnalyzeConfig, Measure, analyze, k_star, m_star, sink, stored, track
+from plumbing import checkpoint, decoders, figures
 from plumbing.configurator import UserError
 
-
-def test_attention_that_is_not_finite_is_an_error_that_names_layer_and_head():
-    model = random_model(dtype=torch.float32)
-    with torch.no_grad():
-        model.transformer.h[1].attn.c_attn.weight[16:32] = math.nan  # the queries of head 1
-    with pytest.raises(UserError, match=r"layer 1, heads \[1\]: attention is not finite") as caught:
-        attention.measure(model, torch.zeros(2, 8, dtype=torch.long), 0.9, 2)
-    assert caught.value.exit_code == 1
+# ---- The definitions, word for word and independent of the project's code
 
 
-def test_the_command_leaves_a_table_a_figure_and_numbers_that_follow_from_the_matrices(
-    reference, data_dir, tmp_path, capsys
+def independent(
+    path, val_bytes: np.ndarray, ours: bool, T: int = 100, N: int = 100, tau: float = 0.9, seed: int = 0
 ):
-    arguments = [
-        reference,
-        f"--data_dir={data_dir}",
-        "--sequences=6",
-        "--micro_batch=4",
-        f"--out={tmp_path / 'a'}",
-        "--device=cpu",
-    ]
-    assert call_script(analyze_attention, *arguments, "--lazy_below=1e9") == 0
+    """Rank, m* and sink {name: (L, H)}, means over N sequences, by output_attentions and svdvals; how many ties."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    own, tokens, begin = transformers.AutoTokenizer.from_pretrained(path), val_bytes.tolist(), []
+    if not ours:
+        documents = [
+            bytes(d[d < 256].tolist()).decode()
+            for d in np.split(val_bytes, np.flatnonzero(val_bytes == 256) + 1)
+        ]
+        tokens = [
+            t
+            for d in filter(None, documents)
+            for t in [*own(d, add_special_tokens=False)["input_ids"], own.eos_token_id]
+        ]
+        begin = [own.bos_token_id] if own("a")["input_ids"][0] == own.bos_token_id else []
+    n = T - len(begin)
+    starts = np.random.RandomState(seed).choice(len(tokens) - n + 1, min(N, len(tokens) // n), replace=False)
+    ranks, masses, sinks, ties = [], [], [], 0
+    for start in starts:
+        with torch.no_grad():
+            attentions = model(
+                torch.tensor([begin + tokens[start : start + n]]), output_attentions=True
+            ).attentions
+        A = torch.stack([layer[0] for layer in attentions]).double()  # (L, H, T, T)
+        energy = torch.linalg.svdvals(A) ** 2
+        share = energy.cumsum(-1) / energy.sum(-1, keepdim=True)
+        ties += ((share - tau).abs() < 1e-5).any(-1).sum().item()
+        ranks.append(
+            [[min(k for k in range(1, T + 1) if h[k - 1] >= tau) for h in layer] for layer in share.tolist()]
+        )
+        mass = (A**2).sum(-2).sort(-1, descending=True).values
+        share = (mass.cumsum(-1) / mass.sum(-1, keepdim=True)).tolist()
+        masses.append(
+            [[min(m for m in range(1, T + 1) if h[m - 1] >= 0.9) for h in layer] for layer in share]
+        )
+        sinks.append(A[..., 0].mean(-1).tolist())
+    return (
+        {"rank": np.mean(ranks, 0), "mass": np.mean(masses, 0), "sink": np.mean(sinks, 0)},
+        len(starts),
+        ties,
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, documents) -> Path:
+    """A data directory over bytes, as prepare_data.py leaves it."""
+    folder = tmp_path_factory.mktemp("corpus")
+    ascii_only = [text.encode("ascii", "ignore").decode() for text in documents]
+    meta = {"format": 1, "tokenizer": "bytes", "vocab_size": 257, "eot": 256, "dtype": "<u2", "splits": {}}
+    for split, texts in (("train", ascii_only[12:]), ("val", ascii_only[:12])):
+        tokens = np.array([token for text in texts for token in (*text.encode(), 256)], dtype="<u2")
+        tokens.tofile(folder / f"{split}.bin")
+        sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
+        meta["splits"][split] = {
+            "tokens": len(tokens),
+            "documents": len(texts),
+            "max_id": 256,
+            "sha256": sha256,
+        }
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def save_gpt(path: Path, seed: int = 0, **changes) -> Path:
+    shape = {"n_layer": 4, "block_size": 128, "vocab_size": 257, "std": 0.6, "dtype": torch.float32}
+    checkpoint.save(path, random_model(seed, **shape | changes), "bytes", 256)
+    return path
+
+
+@pytest.fixture(scope="module")
+def gpt(tmp_path_factory) -> Path:
+    return save_gpt(tmp_path_factory.mktemp("runs") / "reference" / "step-00000300", bias=True)
+
+
+def config(model, corpus, out, **changes) -> AnalyzeConfig:
+    return AnalyzeConfig(str(model), data_dir=str(corpus), out=str(out), device="cpu", **changes)
+
+
+@pytest.mark.parametrize("family", ["ours", "Llama", "Gemma3Text"])
+def test_the_measures_equal_an_independent_script(family, gpt, corpus, documents, tmp_path):
+    path = gpt if family == "ours" else save(tmp_path / family, family, documents, bos=family == "Gemma3Text")
+    result = analyze(config(path, corpus, tmp_path / "a", control=False))
+    val = np.fromfile(corpus / "val.bin", dtype="<u2")
+    expected, n, ties = independent(path, val, family == "ours")
+    assert (result["T"], result["tau"], result["sequences"]) == (100, [0.9], n)
+    heads = {name: np.array(result["heads"][name]) for name in expected}
+    assert np.abs(heads["rank"] - expected["rank"]).sum() * n <= ties <= 20  # equal, but for ties at tau
+    assert np.abs(heads["mass"] - expected["mass"]).max() <= 0.02
+    np.testing.assert_allclose(heads["sink"], expected["sink"], atol=1e-5)
+    for layer, row in enumerate(result["layers"]):  # first the mean over sequences, then over heads
+        assert row["max_rank"] == pytest.approx(heads["rank"][layer].max())
+        assert row["avg_mass"] == pytest.approx(heads["mass"][layer].mean())
+        assert row["near_rank_one"] == pytest.approx(np.mean(heads["rank"][layer] < 1.5))
+    assert result["near_rank_one"] == pytest.approx(np.mean(heads["rank"] < 1.5))
+    ranks = [row["max_rank"] for row in result["layers"]]
+    assert result["groups"][-1]["avg_rank"] == pytest.approx(np.mean(ranks[len(ranks) * 2 // 3 :]))
+
+
+@pytest.mark.parametrize("T", [8, 64, 100])
+def test_matrices_of_known_rank_and_mass(T):
+    one_column, even = (
+        torch.zeros(T, T),
+        torch.ones(T, T) / 128,
+    )  # exact in binary: no tie is lost to rounding
+    one_column[:, 0] = 1
+    tenths = math.ceil(0.9 * T)
+    cases = [(one_column, 1, 1, 1), (even, 1, tenths, 1 / 128), (torch.eye(T), tenths, tenths, 1 / T)]
+    for matrix, rank, mass, first in cases:
+        assert (k_star(matrix).item(), m_star(matrix).item()) == (rank, mass)
+        assert sink(matrix).item() == pytest.approx(first)
+
+
+def test_the_mean_over_sequences_comes_before_the_maximum_over_heads():
+    """Head 0 has rank 2 on one sequence, head 1 on the other. Max first: 2 on each, not lazy. The paper: 1.5, lazy."""
+    ranks = np.array([[1.0, 2.0], [2.0, 1.0]])  # (H, S)
+    values = {0: {m.name: ranks for m in MEASURES}}
+    (row,) = analyze_attention.summarize(values, MEASURES, [])["layers"]
+    assert row["max_rank"] == 1.5 and row["lazy"] and not row["strictly_lazy"]
+    assert ranks.max(0).mean() == 2
+
+
+def test_the_error_band_is_the_winning_head_s():
+    values = np.array([[1.0, 9.0, 1.0], [6.0, 7.0, 8.0]])  # means 11/3 and 7
+    assert analyze_attention.over_heads(values, "max") == (7.0, pytest.approx(1 / 3**0.5))
+
+
+def layers(*lazy, n_layer=None) -> dict:
+    rows = [{"layer": i, "lazy": bool(one)} for i, one in enumerate(lazy) if one is not None]
+    return {"layers": rows, "n_layer": n_layer or len(lazy)}
+
+
+@pytest.mark.parametrize(
+    "lazy, expected",
+    [
+        ((0, 0, 0), 3),
+        ((0, 1, 0), 3),
+        ((0, 0, 1), 2),
+        ((0, 1, 1), 1),
+        ((1, 1), 1),
+        ((0, 1, None), 3),
+        ((0, None, 1), 2),
+    ],
+)
+def test_the_suggestion_drops_the_lazy_layers_at_the_end_and_never_unmeasured_ones(lazy, expected):
+    assert analyze_attention.suggested_layers(layers(*lazy)) == expected
+
+
+def test_lazy_layers_are_counted_strictly_and_by_floor(capsys):
+    values = {
+        layer: {m.name: np.full((2, 4), rank) for m in MEASURES}
+        for layer, rank in enumerate([2.0, 1.75, 1.0])
+    }
+    about = {"model": "m", "n_layer": 3, "sequences": 4, "T": 8, "tau": [0.9], "compared": None}
+    about["measures"] = {m.key: m.label for m in MEASURES}
+    summary = analyze_attention.summarize(values, MEASURES, [(0, 2), (2, 3)])
+    assert [g["avg_rank"] for g in summary["groups"]] == [1.875, 1.0]
+    analyze_attention.print_table(about | summary)
     printed = capsys.readouterr().out
-    assert printed.count("lazy") >= 5 and "4 of 4 layers are lazy" in printed
-    result = json.loads((tmp_path / "a" / "attention.json").read_text())
-    assert (result["T"], result["tau"], result["sequences"]) == (32, 0.9, 6)
-    assert len(result["layers"]) == len(result["untrained"]) == 4 and result["layers_before_lazy_tail"] == 1
-    assert (tmp_path / "a" / "attention.png").read_bytes().startswith(b"\x89PNG")
+    assert "2 by floor(MaxRank) = 1, 1 strictly (MaxRank = 1)" in printed and "33% of the model" in printed
+    assert "layers 0:2 1.88, layers 2:3 1.00" in printed and "layers before the lazy tail: 1" in printed
 
-    model, tokens = checkpoint.load_model(reference), np.fromfile(data_dir / "val.bin", dtype="<u2").astype(np.int64)
-    n_windows = (len(tokens) - 1) // 32
-    starts = np.linspace(0, n_windows - 1, 6).astype(int) * 32
-    idx = torch.tensor(np.stack([tokens[s : s + 32] for s in starts]))
-    for layer, matrices in enumerate(model.attention_matrices(idx)):
-        ranks = np.array([[svd_rank(matrix, 0.9) for matrix in heads] for heads in matrices])  # (S, H)
-        row = result["layers"][layer]
-        assert row["max_rank"] == ranks.max(1).mean() and row["mean_rank"] == pytest.approx(ranks.mean())
-        assert row["max_rank_se"] == pytest.approx(ranks.max(1).std(ddof=1) / 6**0.5)
-        assert result["heads"]["rank"][layer] == pytest.approx(ranks.mean(0).tolist())
-        assert row["mean_sink"] == pytest.approx(matrices[..., 0].mean().item(), rel=1e-5)
-    with open(tmp_path / "a" / "attention.csv") as file:
+
+# ---- One list of measures
+
+
+def entropy(A: torch.Tensor) -> torch.Tensor:
+    return torch.special.entr(A).sum(-1).mean(-1)
+
+
+def test_a_new_measure_is_one_entry(gpt, corpus, tmp_path, capsys, monkeypatch):
+    before = analyze(config(gpt, corpus, tmp_path / "a", sequences=3))
+    assert stored(config(gpt, corpus, tmp_path / "a", sequences=3)) == before
+    monkeypatch.setattr(
+        analyze_attention, "MEASURES", [*MEASURES, Measure("entropy", entropy, "mean", "Entropy")]
+    )
+    assert stored(config(gpt, corpus, tmp_path / "a", sequences=3)) is None  # it lacks the entropy
+    drawn, plot_layers = [], figures.draw_layers
+    monkeypatch.setattr(figures, "draw_layers", lambda *a: drawn.append(a[2]) or plot_layers(*a))
+    capsys.readouterr()
+    result = analyze(config(gpt, corpus, tmp_path / "a", sequences=3))
+    assert "Entropy" in capsys.readouterr().out.splitlines()[1] and drawn[0]["avg_entropy"] == "Entropy"
+    assert result == json.loads((tmp_path / "a/attention.json").read_text())
+    with open(tmp_path / "a/attention.csv", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 2 * 4 * 2 and float(lines[0]["rank"]) == pytest.approx(result["heads"]["rank"][0][0])
+    assert len(lines) == 2 * 4 and float(lines[2]["avg_entropy"]) == result["layers"][2]["avg_entropy"] > 0
+    values = np.fromfile(corpus / "val.bin", dtype="<u2")
+    tracked = track(decoders.load(gpt), values)
+    assert len(tracked["Entropy"]) == 4
+    figures.plot_collapse([tracked | {"step": 0}, tracked | {"step": 5}], tmp_path / "collapse.png")
 
 
-def test_the_lazy_tail_is_what_the_last_layers_have_in_common():
-    def tail(*lazy):
-        return analyze_attention.layers_before_lazy_tail([{"layer": i, "lazy": one} for i, one in enumerate(lazy)])
+def test_several_tau_are_measured_in_one_pass(gpt, corpus, tmp_path):
+    several = analyze(
+        config(gpt, corpus, tmp_path / "a", sequences=5, tau="0.8,0.85,0.9,0.95", control=False)
+    )
+    assert several["tau"] == [0.9, 0.95, 0.85, 0.8]
+    for tau in (0.8, 0.95):
+        alone = analyze(config(gpt, corpus, tmp_path / "b", sequences=5, tau=str(tau), control=False))
+        assert [row["max_rank"] for row in alone["layers"]] == [
+            row[f"max_rank_{tau}"] for row in several["layers"]
+        ]
+        assert alone["heads"]["rank"] == several["heads"][f"rank_{tau}"] != several["heads"]["rank"]
 
-    assert [tail(0, 0, 0), tail(0, 1, 0), tail(0, 0, 1), tail(0, 1, 1), tail(1, 1)] == [3, 3, 2, 1, 1]
+
+# ---- The command
+
+
+def test_the_paper_s_setting_is_the_default_and_a_seed_fixes_the_windows(gpt, corpus, tmp_path):
+    assert (AnalyzeConfig.seq_len, AnalyzeConfig.sequences, AnalyzeConfig.tau) == (100, 100, "0.9")
+    tokens = np.arange(5000)
+    idx = analyze_attention.random_windows(tokens, 100, 20, 0, [])
+    assert idx.shape == (20, 100) and (idx.diff(dim=1) == 1).all() and (idx[:, 0] % 100).unique().numel() > 5
+    assert torch.equal(idx, analyze_attention.random_windows(tokens, 100, 20, 0, []))
+    assert not torch.equal(idx, analyze_attention.random_windows(tokens, 100, 20, 1, []))
+    assert analyze_attention.random_windows(tokens, 100, 200, 0, []).shape == (50, 100)  # the text is short
+    with_bos = analyze_attention.random_windows(tokens, 100, 20, 0, [7777])
+    assert with_bos.shape == (20, 100) and (with_bos[:, 0] == 7777).all() and (with_bos[:, 1:] < 5000).all()
+    short = save_gpt(tmp_path / "short", block_size=32)
+    assert analyze(config(short, corpus, tmp_path / "a", sequences=2, control=False))["T"] == 32
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [
-        "--seq_len=33",
-        "--seq_len=1",
-        "--sequences=0",
-        "--tau=0",
-        "--tau=1.0",
-        "--micro_batch=0",
-        "--micro_batch=-1",
-        "--lazy_below=nan",
-    ],
-)
-def test_an_impossible_setting_is_one_line(reference, data_dir, tmp_path, capsys, wrong):
-    arguments = [reference, f"--data_dir={data_dir}", f"--out={tmp_path / 'a'}", wrong]
-    assert call_script(analyze_attention, *arguments) == 2
-    assert "expected 2 <= seq_len <= block_size 32" in capsys.readouterr().err
+    ["--seq_len=1", "--sequences=0", "--tau=0", "--tau=1.0", "--tau=0.9,x", "--micro_batch=0", "--groups=4:4",
+     "--groups=4", "--heads=7", "--heads=1.2.3"],
+)  # fmt: skip
+def test_an_impossible_setting_is_one_line(gpt, corpus, tmp_path, capsys, wrong):
+    assert call_script(analyze_attention, gpt, f"--data_dir={corpus}", f"--out={tmp_path / 'a'}", wrong) == 2
+    error = capsys.readouterr().err
+    assert "expected 0 < tau <= 0.999" in error and error.count("\n") == 1 and not (tmp_path / "a").exists()
 
 
-def test_two_models_stand_side_by_side(reference, data_dir, tmp_path, capsys):
-    call_script(inherit, f"--reference={reference}", "--layers=0:2", f"--out={tmp_path / 'two'}")
-    arguments = [reference, f"--compare={tmp_path / 'two'}", f"--data_dir={data_dir}", f"--out={tmp_path / 'a'}"]
-    assert call_script(analyze_attention, *arguments, "--sequences=3", "--control=False", "--device=cpu") == 0
-    result = json.loads((tmp_path / "a" / "attention.json").read_text())
-    compared = result["compared"]
-    assert result["untrained"] is None and len(compared["layers"]) == 2
-    assert compared["layers"] == result["layers"][:2]  # the first layers are the reference's, and so is their input
-    assert compared["heads"]["rank"] == result["heads"]["rank"][:2] and compared["sha256"] != result["sha256"]
-    assert capsys.readouterr().out.count("k that this suggests") == 2
-    examples = {entry["title"]: entry for entry in result["examples"]}
-    ranks = np.array(result["heads"]["rank"])
-    assert examples["most collapsed"]["mean_rank"] == ranks.min()
-    assert examples["least collapsed"]["mean_rank"] == ranks.max()
-    for entry in examples.values():
-        assert ranks[entry["layer"], entry["head"]] == entry["mean_rank"]
-        assert entry["share"][-1] >= 0.99 and entry["share"] == sorted(entry["share"])
+def test_two_models_and_the_control_are_analyzed_side_by_side(gpt, corpus, tmp_path, capsys):
+    other = save_gpt(tmp_path / "inherited-2" / "step-00000050", n_layer=2, bias=True)
+    options = [f"--compare={other}", f"--data_dir={corpus}", f"--out={tmp_path / 'a'}", "--sequences=3"]
+    assert call_script(analyze_attention, gpt, *options, "--heads=2.1,0.0,9.9", "--groups=0:2") == 0
+    result = json.loads((tmp_path / "a/attention.json").read_text())
+    assert result["name"] == "reference" and result["compared"]["name"] == "inherited-2"  # the runs' names
+    assert [len(result[key]["layers"]) for key in ("untrained", "compared")] == [4, 2]
+    assert [group["layers"] for group in result["groups"]] == ["0:2"]
+    assert result["untrained"]["heads"]["rank"] != result["heads"]["rank"]
+    assert capsys.readouterr().out.count("layers before the lazy tail") == 2
     for name in ("attention.png", "heads.png"):
         assert (tmp_path / "a" / name).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory, documents) -> Path:
-    """A tiny random Llama on disk, with a tokenizer of its own."""
-    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("llama")
-    tokenizer = tokenizers.ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(documents, vocab_size=290, special_tokens=["<end>"], show_progress=False)
-    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<end>")
-    wrapped.save_pretrained(folder)
-    tiny("Llama", num_key_value_heads=2).save_pretrained(folder)
-    return folder
+def test_the_heads_that_are_drawn_are_those_asked_for_or_the_extremes(gpt, corpus):
+    model = decoders.load(gpt)
+    idx = analyze_attention.random_windows(np.fromfile(corpus / "val.bin", dtype="<u2"), 50, 4, 0, [])
+    values = analyze_attention.measure(model, idx, MEASURES, 3)
+    matrices = list(model.attention_matrices(idx[:1]))
+    extremes = analyze_attention.pictures(model, idx[:1], values, [])
+    ranks = np.array([by_name["rank"].mean(1) for by_name in values.values()])
+    assert [picture["rank"] for picture in extremes] == [ranks.min(), ranks.max()]
+    for picture in (*extremes, *analyze_attention.pictures(model, idx[:1], values, [[3, 1], [1, 0]])):
+        expected = matrices[picture["layer"]][0, picture["head"]]
+        np.testing.assert_allclose(picture["matrix"], expected, atol=1e-6)
 
 
-def test_another_family_reads_the_same_text_in_its_own_tokens(llama, data_dir, documents, tmp_path, capsys):
-    import transformers
+def test_a_stored_analysis_is_reused_only_for_the_same_weights_data_and_settings(gpt, corpus, tmp_path):
+    def same(model=gpt, folder=corpus, **changes) -> bool:
+        return stored(config(model, folder, tmp_path / "a", **{"sequences": 2} | changes)) is not None
 
-    arguments = [llama, f"--data_dir={data_dir}", f"--out={tmp_path / 'a'}", "--sequences=3", "--device=cpu"]
-    assert call_script(analyze_attention, *arguments) == 0, capsys.readouterr().err
-    result = json.loads((tmp_path / "a" / "attention.json").read_text())
-    assert (result["T"], len(result["layers"]), len(result["untrained"])) == (64, 3, 3)
+    assert not same()
+    analyze(config(gpt, corpus, tmp_path / "a", sequences=2))
+    assert same() and same(micro_batch=1)
+    assert not same(save_gpt(tmp_path / "other", seed=1, bias=True))
+    for change in ({"sequences": 3}, {"seq_len": 50}, {"tau": "0.8"}, {"seed": 1}, {"groups": "0:2"},
+                   {"heads": "0.0"}, {"control": False}, {"compare": str(gpt)}):  # fmt: skip
+        assert not same(**change)
+    meta = json.loads((corpus / "meta.json").read_text())
+    meta["splits"]["val"]["sha256"] = "0" * 64
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for split in ("train", "val"):
+        (elsewhere / f"{split}.bin").symlink_to(corpus / f"{split}.bin")
+    (elsewhere / "meta.json").write_text(json.dumps(meta))
+    assert not same(folder=elsewhere)
+    (tmp_path / "a/attention.json").write_text("{")  # damaged: measured again
+    assert not same()
 
-    model, tokenizer = attention.load_model(llama), transformers.AutoTokenizer.from_pretrained(llama)
-    tokens = attention.validation_tokens(llama, model, data_dir, 64)
-    texts = tokenizer.decode(tokens).split("<end>")
-    assert texts.pop() == "" and len(texts) == 6 and set(texts) <= set(documents)  # the tenth of sixty documents
-    starts = np.linspace(0, (len(tokens) - 1) // 64 - 1, 3).astype(int) * 64
+
+def test_a_full_disk_is_one_line_after_the_table_and_the_json(gpt, corpus, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(figures, "plot_attention", full)
+    options = [f"--data_dir={corpus}", f"--out={tmp_path / 'a'}", "--sequences=2", "--control=False"]
+    assert call_script(analyze_attention, gpt, *options) == 1
+    captured = capsys.readouterr()
+    assert "layers before the lazy tail" in captured.out and captured.err.count("\n") == 1
+    assert "No space left on device" in captured.err and (tmp_path / "a/attention.json").exists()
+    (tmp_path / "file").touch()
+    options[1] = f"--out={tmp_path / 'file' / 'a'}"
+    assert call_script(analyze_attention, gpt, *options) == 1
+    assert "layers before the lazy tail" in capsys.readouterr().out
+
+
+def test_attention_that_is_not_finite_ends_the_analysis_with_layer_and_head():
+    model = random_model(dtype=torch.float32)
     with torch.no_grad():
-        own = model(torch.tensor(np.stack([tokens[s : s + 64] for s in starts])), output_attentions=True).attentions
-    for row, matrices in zip(result["layers"], own, strict=True):
-        ranks = np.array([[svd_rank(matrix, 0.9) for matrix in heads] for heads in matrices])  # (S, H)
-        assert row["max_rank"] == ranks.max(1).mean() and row["mean_rank"] == pytest.approx(ranks.mean())
+        model.transformer.h[1].attn.c_attn.weight[16:32] = math.nan  # the queries of head 1
+    with pytest.raises(UserError, match=r"layer 1, heads \[1\]: attention is not finite") as caught:
+        analyze_attention.measure(model, torch.zeros(2, 8, dtype=torch.long), MEASURES, 2)
+    assert caught.value.exit_code == 1
 
 
-def test_each_of_two_models_says_over_how_many_sequences(llama, data_dir, tmp_path, capsys):
-    ours = train.train(train.TrainConfig(data_dir=str(data_dir), out_dir=str(tmp_path / "run"), **TINY))
-    arguments = [ours, f"--compare={llama}", f"--data_dir={data_dir}", f"--out={tmp_path / 'a'}", "--control=False"]
-    assert call_script(analyze_attention, *arguments, "--sequences=100000", "--device=cpu") == 0
-    result, printed = json.loads((tmp_path / "a" / "attention.json").read_text()), capsys.readouterr().out
-    n = result["sequences"], result["compared"]["sequences"]
-    model, path, T = attention.load_model(llama), llama, result["T"]
-    windows = (len(attention.validation_tokens(path, model, data_dir, T)) - 1) // T
-    assert n[1] == windows != n[0] and all(f", {each} sequences" in printed for each in n)
-
-
-def test_what_is_wrong_with_a_model_of_another_family_is_one_line(llama, data_dir, tmp_path, capsys):
-    import tokenizers
-    import transformers
-
-    def error(folder: str) -> str:
-        assert call_script(analyze_attention, tmp_path / folder, f"--data_dir={data_dir}") == 2
-        return capsys.readouterr().err
-
-    shutil.copytree(llama, tmp_path / "speechless")
-    for file in (tmp_path / "speechless").glob("*token*"):
-        file.unlink()
-    assert "no tokenizer to be read there" in error("speechless")
-
-    shutil.copytree(llama, tmp_path / "illiterate")  # every word is unknown to it
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "<end>": 1}, unk_token="<unk>"))
-    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>")
-    wrapped.save_pretrained(tmp_path / "illiterate")
-    assert "its tokenizer (vocabulary 2) loses the text" in error("illiterate")
-
-    shutil.copytree(llama, tmp_path / "incomplete")
-    path = tmp_path / "incomplete" / "model.safetensors"
-    tensors = load_file(path)
-    del tensors["model.layers.1.self_attn.k_proj.weight"]
-    save_file(tensors, path, metadata={"format": "pt"})
-    assert "no weights for model.layers.1.self_attn.k_proj.weight" in error("incomplete")
-
-    shutil.copytree(llama, tmp_path / "unknown")
-    config = json.loads((llama / "config.json").read_text()) | {"model_type": "nobody"}
-    (tmp_path / "unknown" / "config.json").write_text(json.dumps(config))
-    found = error("unknown")
-    assert "transformers cannot load it" in found and found.count("\n") == 1
-
-
-def test_without_transformers_the_error_names_it(llama, data_dir, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    assert call_script(analyze_attention, llama, f"--data_dir={data_dir}") == 2
-    assert "is of type 'llama', which takes transformers; pip install transformers" in capsys.readouterr().err
-
-
-# ---- watching it happen: train.py --track_rank
-
-
-def test_tracking_changes_no_bit_of_the_training_and_logs_what_the_analysis_finds(data_dir, tmp_path):
-    settings = TINY | {"data_dir": str(data_dir), "dropout": 0.1, "n_layer": 3}
-    paths = {
-        tracked: train.train(train.TrainConfig(out_dir=str(tmp_path / str(tracked)), track_rank=tracked, **settings))
-        for tracked in (True, False)
+def test_a_hybrid_s_layers_without_attention_are_neither_measured_nor_lazy(
+    corpus, documents, tmp_path, capsys
+):
+    pytest.importorskip("transformers")
+    kinds = {
+        "layer_types": ["full_attention", "conv", "conv"],
+        "block_multiple_of": 1,
+        "num_key_value_heads": 2,
     }
-    for name in ("model", "optimizer"):
-        ours, theirs = (load_file(paths[tracked] / f"{name}.safetensors") for tracked in (True, False))
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    lines = [line for line in read_metrics(tmp_path / "True") if "max_rank" in line]
-    assert [line["step"] for line in lines] == [0, 10, 20]
-    assert not [line for line in read_metrics(tmp_path / "False") if "max_rank" in line]
-    found = analyze_attention.analyze(
-        analyze_attention.AnalyzeConfig(str(paths[True]), data_dir=str(data_dir), sequences=4, out=str(tmp_path / "a"))
-    )
-    for key in ("max_rank", "mean_rank", "max_columns", "mean_columns"):
-        assert lines[-1][key] == pytest.approx([row[key] for row in found["layers"]])
-    assert lines[0]["mean_rank"] != lines[-1]["mean_rank"]
+    path = save(tmp_path / "lfm", "Lfm2", documents, bos=False, **kinds)
+    result = analyze(config(path, corpus, tmp_path / "a", sequences=2, control=False))
+    assert [row["layer"] for row in result["layers"]] == [0] and analyze_attention.suggested_layers(
+        result
+    ) == 3
+    assert "without attention: 2" in capsys.readouterr().out
 
 
-def test_the_report_draws_how_a_tracked_run_went_and_moves_it_if_asked(data_dir, tmp_path, capsys):
-    settings = TINY | {"data_dir": data_dir, "out_dir": tmp_path / "run", "track_rank": True, "eval_interval": 5}
-    assert call_script(train, *options(**settings)) == 0
-    assert call_script(report, tmp_path / "run", "--animate") == 0
-    assert capsys.readouterr().out.endswith(f"{tmp_path}/run/collapse.png\n")
-    with Image.open(tmp_path / "run/collapse.gif") as moving:
-        assert moving.n_frames == 5
-    assert (tmp_path / "run/collapse.png").read_bytes().startswith(b"\x89PNG")
+# ---- What train.py --track_rank logs
 
 
-def test_a_run_that_was_not_tracked_is_told_how_to(reference, capsys):
-    assert call_script(report, reference) == 2
-    assert "its attention was not tracked; train with --track_rank" in capsys.readouterr().err
+def test_tracking_finds_what_the_analysis_finds_and_leaves_model_and_random_state_alone(
+    gpt, corpus, tmp_path
+):
+    model, val = decoders.load(gpt).train(), np.fromfile(corpus / "val.bin", dtype="<u2")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    tracked = track(model, val)
+    assert model.training and torch.equal(torch.get_rng_state(), states[0])
+    assert (np.random.get_state()[1] == states[1]).all()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    found = analyze(config(gpt, corpus, tmp_path / "a", sequences=8, control=False))
+    for m in MEASURES:
+        assert tracked[m.label] == pytest.approx([row[m.key] for row in found["layers"]], rel=1e-4)
+    assert {key: tracked[key] for key in ("T", "tau", "sequences")} == {"T": 100, "tau": 0.9, "sequences": 8}
+
+
+# ---- The figures of report.py
+
+
+def test_every_figure_of_the_report_is_drawn(gpt, corpus, tmp_path):
+    from PIL import Image
+
+    curve, each = ([0, 1000, 2000, 3000], [5.5, 3.0, 2.5, 2.25]), [0.01, 0.03]
+    rows = [
+        {"name": name, "role": role, "curve": curve, "loss": 2.25, "each": each, "difference": 0.02,
+         "interval": interval, "n_layer": 4, "own_tokens": 3000}
+        for name, role, interval in (("reference", "reference", None), ("inherited-2", "target", 0.01),
+                                     ("random", "baseline", None))
+    ]  # fmt: skip
+    figures.plot_losses(rows, tmp_path / "loss.png")
+    figures.plot_differences(rows, tmp_path / "differences.png")  # one model has no interval
+    result = analyze(config(gpt, corpus, tmp_path / "a", sequences=2))
+    figures.plot_ranks({"reference": result, "target": result}, tmp_path / "rank.png")
+    lines = [
+        track(decoders.load(gpt), np.fromfile(corpus / "val.bin", dtype="<u2")) | {"step": s}
+        for s in (0, 10, 20)
+    ]
+    figures.plot_collapse(lines, tmp_path / "collapse.png")
+    figures.animate_collapse(lines, tmp_path / "collapse.gif")
+    for name in ("loss", "differences", "rank", "collapse"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    with Image.open(tmp_path / "collapse.gif") as moving:
+        assert moving.n_frames == 3

@@ -1,4 +1,4 @@
-"""plumbing/decoders.py: the matrices of other families are their own, text is read as they were trained, no code runs."""
+"""plumbing/decoders.py: matrices, text and begin-of-text tokens of other families; no foreign code runs."""
 
 import json
 import math
@@ -22,7 +22,7 @@ SHAPE = {
 }  # fmt: skip
 FAMILIES = {
     "Llama": {"num_key_value_heads": 2}, "Qwen3": {"num_key_value_heads": 2, "head_dim": 8}, "GPTNeoX": {},
-    "Gemma3Text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16},
+    "Lfm2": {}, "Gemma3Text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16},
 }  # fmt: skip
 META = {"tokenizer": "bytes"}
 
@@ -30,7 +30,7 @@ META = {"tokenizer": "bytes"}
 def tiny(family: str, **changes):
     """A randomly initialised model of a family of transformers, with eager attention."""
     transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     config = getattr(transformers, f"{family}Config")(**SHAPE | changes)
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
@@ -58,11 +58,12 @@ def llama(tmp_path_factory, documents) -> Path:
     return save(tmp_path_factory.mktemp("llama"), "Llama", documents, bos=False)
 
 
-def val_bytes(data_dir) -> np.ndarray:
-    return np.fromfile(data_dir / "val.bin", dtype="<u2")
+@pytest.fixture
+def val_bytes(documents) -> np.ndarray:
+    return np.array([token for text in documents[:6] for token in (*text.encode(), 256)], dtype="<u2")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "GPTNeoX", "Gemma3Text"])
 def test_the_matrices_are_the_family_s_own_output_attentions(family):
     model, idx, found = tiny(family, **FAMILIES[family]), torch.randint(300, (3, 40)), {}
     decoders.attention_matrices(model, idx, found.__setitem__)
@@ -75,7 +76,11 @@ def test_the_matrices_are_the_family_s_own_output_attentions(family):
 @pytest.mark.parametrize("family", ["Llama", "ours"])
 def test_a_layer_s_matrices_are_gone_before_the_next_layer_has_its_own(family):
     ours = family == "ours"
-    model = random_model(n_layer=6, block_size=20, dtype=torch.float32) if ours else tiny(family, num_hidden_layers=6)
+    model = (
+        random_model(n_layer=6, block_size=20, dtype=torch.float32)
+        if ours
+        else tiny(family, num_hidden_layers=6)
+    )
     given, alive = [], []
 
     def visit(layer, matrices):
@@ -92,7 +97,9 @@ def test_layers_without_attention_are_not_visited_and_a_model_without_any_is_ref
     decoders.attention_matrices(hybrid, torch.randint(300, (2, 20)), found.__setitem__)
     assert list(found) == [1] and decoders.n_layer(hybrid) == 3
     with pytest.raises(UserError, match="MambaForCausalLM has no attention matrix"):
-        decoders.attention_matrices(tiny("Mamba", state_size=4), torch.randint(300, (2, 20)), found.__setitem__)
+        decoders.attention_matrices(
+            tiny("Mamba", state_size=4), torch.randint(300, (2, 20)), found.__setitem__
+        )
 
 
 @pytest.mark.parametrize("what", ["negative", "above the diagonal", "sums", "nan"])
@@ -108,25 +115,29 @@ def test_what_is_no_causal_attention_matrix_is_one_line_that_names_the_layer(wha
         return A.roll(1, -1) if what == "above the diagonal" else A
 
     monkeypatch.setattr(module, "matrix", broken)
-    message = r"layer 1, heads \[1\]: attention is not finite" if what == "nan" else "layer 1: found no causal attention"
+    message = (
+        r"layer 1, heads \[1\]: attention is not finite"
+        if what == "nan"
+        else "layer 1: found no causal attention"
+    )
     with pytest.raises(UserError, match=message) as caught:
         decoders.attention_matrices(model, torch.zeros(2, 8, dtype=torch.long), lambda *_: None)
     assert caught.value.exit_code == 1
 
 
-def test_another_family_reads_the_same_text_in_its_own_tokens(llama, data_dir, documents):
+def test_another_family_reads_the_same_text_in_its_own_tokens(llama, val_bytes, documents):
     import transformers
 
     model, own = decoders.load(llama), transformers.AutoTokenizer.from_pretrained(llama)
-    tokens, begin = decoders.validation_tokens(llama, model, val_bytes(data_dir), META)
+    tokens, begin = decoders.validation_tokens(llama, model, val_bytes, META)
     texts = own.decode(tokens).split("<end>")
-    assert texts.pop() == "" and len(texts) == 6 and set(texts) <= set(documents)  # the tenth of sixty documents
+    assert texts.pop() == "" and texts == documents[:6]
     assert begin == []
 
 
-def test_a_tokenizer_with_a_begin_of_text_token_gives_it_for_every_window(data_dir, documents, tmp_path):
+def test_a_tokenizer_with_a_begin_of_text_token_gives_it_for_every_window(val_bytes, documents, tmp_path):
     path = save(tmp_path / "gemma", "Gemma3Text", documents, bos=True)
-    tokens, begin = decoders.validation_tokens(path, decoders.load(path), val_bytes(data_dir), META)
+    tokens, begin = decoders.validation_tokens(path, decoders.load(path), val_bytes, META)
     assert begin == [1] and 1 not in tokens
 
 
@@ -148,7 +159,10 @@ def test_code_that_comes_with_a_model_is_not_run(llama, tmp_path, monkeypatch):
     (folder / "trap.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n")
     names = {"AutoConfig": "trap.C", "AutoModelForCausalLM": "trap.C", "AutoTokenizer": ["trap.C", "trap.C"]}
     for model_type in ("llama", "nobody"):
-        table = json.loads((llama / "config.json").read_text()) | {"model_type": model_type, "auto_map": names}
+        table = json.loads((llama / "config.json").read_text()) | {
+            "model_type": model_type,
+            "auto_map": names,
+        }
         (folder / "config.json").write_text(json.dumps(table))
         monkeypatch.setattr("builtins.input", lambda *_: "y")
         if model_type == "llama":
@@ -159,13 +173,13 @@ def test_code_that_comes_with_a_model_is_not_run(llama, tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_is_wrong_with_a_model_of_another_family_is_one_line(llama, data_dir, tmp_path, monkeypatch):
+def test_what_is_wrong_with_a_model_of_another_family_is_one_line(llama, val_bytes, tmp_path, monkeypatch):
     import tokenizers
     import transformers
 
     def error(folder) -> str:
         with pytest.raises(UserError) as caught:
-            decoders.validation_tokens(folder, decoders.load(folder), val_bytes(data_dir), META)
+            decoders.validation_tokens(folder, decoders.load(folder), val_bytes, META)
         assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
         return str(caught.value)
 
@@ -173,7 +187,9 @@ def test_what_is_wrong_with_a_model_of_another_family_is_one_line(llama, data_di
     assert "tokenizer" in error(speechless)
     illiterate = shutil.copytree(llama, tmp_path / "illiterate")  # every word is unknown to it
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "<end>": 1}, unk_token="<unk>"))
-    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>")
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>"
+    )
     wrapped.save_pretrained(illiterate)
     assert "its tokenizer (2 tokens)" in error(illiterate)
 

@@ -1,4 +1,4 @@
-"""plumbing/fast_rank.py equals the definition, k_star: on known matrices, random ones, and where a subspace proves it."""
+"""plumbing/fast_rank.py equals the definition, k_star, and proves low ranks without a spectrum."""
 
 import math
 
@@ -45,7 +45,11 @@ def test_fast_rank_equals_the_definition(T, sharpness, sink, seed, tau):
 
 
 @settings(max_examples=60)
-@given(energies=st.lists(st.floats(0, 1), min_size=70, max_size=70), seed=st.integers(0, 99), tau=st.floats(0.05, 0.99))
+@given(
+    energies=st.lists(st.floats(0, 1), min_size=70, max_size=70),
+    seed=st.integers(0, 99),
+    tau=st.floats(0.05, 0.99),
+)
 def test_what_a_subspace_proves_is_the_rank_whatever_the_spectrum(energies, seed, tau):
     """The bounds hold for any orthonormal Q, so a proof is never wrong; a hard spectrum only leaves it unproven."""
     generator = torch.Generator().manual_seed(seed)
@@ -56,12 +60,17 @@ def test_what_a_subspace_proves_is_the_rank_whatever_the_spectrum(energies, seed
 
 
 def test_collapsed_heads_are_proven_without_their_spectrum(monkeypatch):
-    attention = torch.cat([random_attention(100, 1, s, sink=s) for s in (4, 5, 6, 7, 8)])  # (5, 3, 100, 100)
+    attention = torch.cat(
+        [random_attention(100, 1, seed, sink=3 + seed / 2) for seed in range(5)]
+    )  # (5, 3, 100, 100)
     expected = k_star(attention)
     batches, eigvalsh = [], torch.linalg.eigvalsh
-    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda G: batches.append((len(G), G.shape[-1])) or eigvalsh(G))
-    assert torch.equal(fast_rank(attention), expected) and 1 < expected.max() <= 5
-    assert all(size == module.WIDTH for _, size in batches) and batches[0][0] < 15  # some need not even a subspace
+    monkeypatch.setattr(
+        torch.linalg, "eigvalsh", lambda G: batches.append((len(G), G.shape[-1])) or eigvalsh(G)
+    )
+    assert torch.equal(fast_rank(attention), expected) and 1 < expected.max() <= 8
+    tried, whole = (sum(n for n, size in batches if size == T) for T in (module.WIDTH, 100))
+    assert whole < tried < 15  # some need not even a subspace, most of the others no spectrum
 
 
 def test_the_order_of_heads_and_sequences_does_not_matter():

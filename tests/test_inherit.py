@@ -1,18 +1,15 @@
 """inherit.py: every tensor exactly once, from where it should be, bit for bit."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, call_script, random_model
+from conftest import call_script, options, random_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
-from plumbing import checkpoint
 import inherit
-from plumbing import storage
+from plumbing import checkpoint, storage
 from plumbing.configurator import UserError
 
 
@@ -27,27 +24,74 @@ def weights(path):
     return load_file(path / "model.safetensors")
 
 
+def fresh_tensors(path, seed):
+    """What a new model of this checkpoint's shape begins with."""
+    torch.manual_seed(seed)
+    return checkpoint.hf_tensors(checkpoint.GPT(checkpoint.read_config(path)))
+
+
+def layer_of(key):
+    return int(key.split(".")[2]) if ".h." in key else None
+
+
+# ---- which layers
+
+
 @pytest.mark.parametrize(
     "text,layers",
     [
-        ("0:4", [0, 1, 2, 3]), (":", list(range(8))), ("::2", [0, 2, 4, 6]), ("0:2,0:2", [0, 1, 0, 1]),
-        ("4:", [4, 5, 6, 7]), ("1::3", [1, 4, 7]), ("7", [7]), ("0,2,4:6", [0, 2, 4, 5]), (" 0:1 , 3 ", [0, 3]),
+        ("0:4", [0, 1, 2, 3]),
+        (":", list(range(8))),
+        ("::2", [0, 2, 4, 6]),
+        ("0:2,0:2", [0, 1, 0, 1]),
+        ("4:", [4, 5, 6, 7]),
+        ("1::3", [1, 4, 7]),
+        ("7", [7]),
+        ("0,2,4:6", [0, 2, 4, 5]),
+        (" 0:1 , 3 ", [0, 3]),
+        ("new", [None]),
+        ("new:2,6:8", [None, None, 6, 7]),
+        ("0, new, new:3", [0, None, None, None, None]),
     ],
-)  # fmt: skip
-def test_layers_are_python_slices(text, layers):
+)
+def test_layers_are_python_slices_and_new_ones(text, layers):
     assert inherit.parse_layers(text, 8) == layers
 
 
-@pytest.mark.parametrize("text", ["", "0:9", "8", "4:4", "5:2", "-1", "-2:", "0:4:0", "a", "0:4,", "1.5", "0:1:2:3"])
+def test_the_layers_of_the_paper_s_distillation_baseline_are_written_as_slices():
+    assert inherit.parse_layers("::2,18:22", 24) == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 18, 19, 20, 21]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "0:9", "8", "4:4", "5:2", "-1", "-2:", "0:4:0", "a", "0:4,", "1.5", "0:1:2:3", "new:0", "new:", "news"],
+)
 def test_an_impossible_selection_is_refused(text):
-    with pytest.raises(UserError, match="layers '"):
+    with pytest.raises(UserError, match="layers '.*expected slices such as"):
         inherit.parse_layers(text, 8)
+
+
+def test_take_layers_names_each_tensor_of_the_target_and_its_source():
+    names = ["transformer.wte.weight", *(f"transformer.h.{i}.{part}.weight" for i in range(3) for part in ("attn", "mlp"))]
+    assert inherit.take_layers(names, [2, None, 0]) == {
+        "transformer.wte.weight": "transformer.wte.weight",
+        "transformer.h.0.attn.weight": "transformer.h.2.attn.weight",
+        "transformer.h.0.mlp.weight": "transformer.h.2.mlp.weight",
+        "transformer.h.1.attn.weight": None,
+        "transformer.h.1.mlp.weight": None,
+        "transformer.h.2.attn.weight": "transformer.h.0.attn.weight",
+        "transformer.h.2.mlp.weight": "transformer.h.0.mlp.weight",
+    }
+
+
+# ---- bit equality
 
 
 def test_all_layers_give_the_same_file(source, tmp_path):
     inherit.inherit(source, ":", tmp_path / "all")
-    assert (tmp_path / "all" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
-    assert (tmp_path / "all" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "all" / name).read_bytes() == (source / name).read_bytes(), name
+    storage.verify(tmp_path / "all")
 
 
 def test_all_layers_give_the_reference_s_loss_to_the_last_bit(reference, data_dir, tmp_path, capsys):
@@ -76,7 +120,7 @@ def test_kept_blocks_and_everything_outside_the_blocks_are_bit_equal(source, tmp
             assert torch.equal(ours[f"transformer.h.{i}.{part}"], theirs[f"transformer.h.{layer}.{part}"])
     assert len(ours) == len(outside) + len(chosen) * len(blocks)
     assert checkpoint.load_model(out).config.n_layer == len(chosen)
-    lineage = json.loads((out / "lineage.json").read_text())
+    lineage = storage.read_json(out / "lineage.json")
     assert lineage["layers"] == chosen and lineage["tensors"].keys() == ours.keys()
     assert lineage["sha256"] == {"model.safetensors": storage.sha256_of(source / "model.safetensors")}
     assert {file.name: file.read_bytes() for file in source.iterdir()} == before
@@ -89,19 +133,88 @@ def test_the_first_layers_compute_what_they_computed_in_the_reference(source, tm
     assert all(torch.equal(a, b) for a, b in zip(half.attention_matrices(idx), theirs, strict=False))
 
 
-@pytest.mark.parametrize("parts", ["attn", "mlp", "attn,mlp", "attn,ln", "attn,mlp,ln"])
-def test_parts_take_these_and_draw_the_rest_fresh(source, tmp_path, parts):
-    out = inherit.inherit(source, "0:3", tmp_path / "out", parts=parts, seed=3)
-    torch.manual_seed(3)
-    fresh = checkpoint.hf_tensors(checkpoint.GPT(checkpoint.read_config(out)))
-    theirs, ours = weights(source), weights(out)
+def test_the_command_prints_where_each_layer_came_from(source, tmp_path, capsys):
+    command = options(reference=source, layers="new,3", out=tmp_path / "out")
+    assert call_script(inherit, *command) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["transformer.h.0", "<-", "fresh,", "seed", "1337"] in [line[:5] for line in lines]
+    assert ["transformer.h.1", "<-", "transformer.h.3"] in [line[:3] for line in lines]
+    n_params = sum(tensor.numel() for tensor in weights(tmp_path / "out").values())
+    assert lines[-1][1:] == [f"{n_params:,}", "parameters", "stored"]
+
+
+# ---- fresh layers and parts, a second checkpoint on top, AdamW's moments
+
+
+def test_new_layers_are_fresh_and_the_others_stay_where_they_were(source, tmp_path):
+    """The paper's lazy layers, kept in place above random ones."""
+    out = inherit.inherit(source, "new:2,2:4", tmp_path / "out", seed=3)
+    theirs, ours, fresh = weights(source), weights(out), fresh_tensors(out, seed=3)
     for key, tensor in ours.items():
-        part = key.split(".")[3].split("_")[0] if ".h." in key else None  # attn, mlp or ln
-        assert torch.equal(tensor, (theirs if part is None or part in parts.split(",") else fresh)[key]), key
-    assert not torch.equal(theirs["transformer.h.0.mlp.c_fc.weight"], fresh["transformer.h.0.mlp.c_fc.weight"])
+        assert torch.equal(tensor, (fresh if layer_of(key) in (0, 1) else theirs)[key]), key
+    lineage = storage.read_json(out / "lineage.json")
+    assert lineage["layers"] == [None, None, 2, 3]
+    assert lineage["tensors"]["transformer.h.1.mlp.c_fc.weight"] == "fresh, seed 3"
+    first, second = (ours[f"transformer.h.{i}.mlp.c_fc.weight"] for i in (0, 1))
+    assert not torch.equal(first, second) and first.std().item() == pytest.approx(0.02, rel=0.1)
 
 
-@pytest.mark.parametrize("wrong", [{"parts": "attention"}, {"layers": "0:5"}])
+@pytest.mark.parametrize("parts", ["attn", "ln_2,mlp", "attn,mlp", "ln_1,attn", "ln_1,attn,ln_2,mlp"])
+def test_parts_take_these_and_draw_the_rest_fresh(source, tmp_path, parts):
+    out = inherit.inherit(source, "1:4", tmp_path / "out", parts=parts, seed=3)
+    theirs, ours, fresh = weights(source), weights(out), fresh_tensors(out, seed=3)
+    for key, tensor in ours.items():
+        layer = layer_of(key)
+        taken = layer is None or key.split(".")[3] in parts.split(",")
+        source_key = key if layer is None else key.replace(f".h.{layer}.", f".h.{layer + 1}.")
+        assert torch.equal(tensor, theirs[source_key] if taken else fresh[key]), key
+    assert storage.read_json(out / "lineage.json")["parts"] == parts
+
+
+def test_layers_of_a_second_checkpoint_go_on_top(source, tmp_path):
+    checkpoint.save(tmp_path / "other", random_model(seed=1, n_layer=4, dtype=torch.float32), "bytes", 0)
+    other = tmp_path / "other"
+    out = inherit.inherit(other, "0:2", tmp_path / "out", top=source, top_layers="2:4,0")
+    ours, theirs, tops = weights(out), weights(other), weights(source)
+    assert checkpoint.read_config(out).n_layer == 5
+    for key, tensor in ours.items():
+        layer = layer_of(key)
+        moved = {2: 2, 3: 3, 4: 0}.get(layer)
+        expected = theirs[key] if moved is None else tops[key.replace(f".h.{layer}.", f".h.{moved}.")]
+        assert torch.equal(tensor, expected), key
+    lineage = storage.read_json(out / "lineage.json")
+    assert lineage["layers"] == [0, 1, 6, 7, 4]  # those of the second checkpoint count from 4, the first one's end
+    assert lineage["sha256"] == storage.hashes(other) and lineage["top_sha256"] == storage.hashes(source)
+    assert lineage["tensors"]["transformer.h.4.ln_1.weight"] == "transformer.h.4.ln_1.weight"
+
+
+def test_moments_are_inherited_with_the_tensors_and_are_zero_for_fresh_ones(reference, tmp_path):
+    out = inherit.inherit(reference, "1,new,0,1", tmp_path / "out", parts="ln_1,attn", moments=True)
+    theirs = load_file(storage.latest(reference) / "optimizer.safetensors")
+    ours = load_file(out / "optimizer.safetensors")
+    assert {key.split("|")[0] for key in ours} == {key for key in ours_without_bias(out)}
+    for key, tensor in ours.items():
+        layer = layer_of(key)
+        is_fresh = layer is not None and (layer == 1 or key.split(".")[3] not in ("ln_1", "attn"))
+        origin = key if layer is None else key.replace(f".h.{layer}.", f".h.{[1, 0, 0, 1][layer]}.")
+        assert torch.equal(tensor, torch.zeros_like(tensor) if is_fresh else theirs[origin]), key
+    assert ours["transformer.h.0.attn.c_attn.weight|exp_avg"].any()
+
+
+def ours_without_bias(path):
+    """The parameters of a model without biases: transformers stores zeros for them too."""
+    return [key for key in weights(path) if not key.endswith(".bias")]
+
+
+def test_without_moments_there_is_no_state_to_resume_from(reference, tmp_path):
+    out = inherit.inherit(reference, "0:2", tmp_path / "out")
+    assert not (out / "optimizer.safetensors").exists() and not (out / "trainer_state.json").exists()
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize("wrong", [{"parts": "attention"}, {"parts": "attn,ln"}, {"layers": "0:5"}])
 def test_a_mistake_leaves_nothing(source, tmp_path, wrong):
     with pytest.raises(UserError):
         inherit.inherit(**{"reference": source, "layers": "0:2", "out": tmp_path / "out"} | wrong)
@@ -119,39 +232,18 @@ def test_a_layer_that_moves_under_the_inverse_layer_scale_is_warned_about(tmp_pa
     inherit.inherit(tmp_path / "s", "0:2", tmp_path / "first")
     assert "warning" not in capsys.readouterr().out
     inherit.inherit(tmp_path / "s", "1:3", tmp_path / "last")
-    assert "warning: layer i of this model divides its attention logits" in capsys.readouterr().out
+    assert "warning: this model divides the attention logits of layer i by i + 1" in capsys.readouterr().out
 
 
-def test_layers_of_a_second_checkpoint_go_on_top(source, tmp_path):
-    checkpoint.save(tmp_path / "other", random_model(seed=1, n_layer=4, dtype=torch.float32), "bytes", 0)
-    other = tmp_path / "other"
-    out = inherit.inherit(other, "0:2", tmp_path / "out", top=source, top_layers="2:4,0")
-    ours, theirs, tops = weights(out), weights(other), weights(source)
-    assert checkpoint.read_config(out).n_layer == 5
-    for key, tensor in ours.items():
-        layer = int(key.split(".")[2]) if ".h." in key else None
-        moved = {2: 2, 3: 3, 4: 0}.get(layer)
-        expected = theirs[key] if moved is None else tops[key.replace(f".h.{layer}.", f".h.{moved}.")]
-        assert torch.equal(tensor, expected), key
-    origin = json.loads((out / "lineage.json").read_text())["tensors"]
-    assert origin["transformer.h.4.ln_1.weight"] == "top:transformer.h.0.ln_1.weight"
-    assert origin["transformer.h.1.ln_1.weight"] == "transformer.h.1.ln_1.weight"
+def test_a_config_that_lies_about_its_layers_is_refused(source, tmp_path):
+    (source / "manifest.json").unlink()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"n_layer": 3}))
+    with pytest.raises(UserError, match=r"layers \[0, 1, 2, 3\], but config.json says 3"):
+        inherit.inherit(source, "0:2", tmp_path / "out")
 
 
-def test_the_top_must_have_the_same_shape(source, tmp_path):
-    checkpoint.save(tmp_path / "narrow", random_model(n_embd=16), "bytes", 0)
-    with pytest.raises(UserError, match="cannot go on top of .*config.json differs in n_embd"):
-        inherit.inherit(source, ":", tmp_path / "out", top=tmp_path / "narrow", top_layers="0:1")
-
-
-def test_the_cost_of_a_reference_is_carried_along(reference, tmp_path):
-    first = inherit.inherit(reference, "0:2", tmp_path / "first")
-    state = json.loads((storage.latest(reference) / "trainer_state.json").read_text())
-    spent = {key: state[key] for key in ("tokens", "flops")}
-    assert list(json.loads((first / "lineage.json").read_text())["ancestors"].values()) == [spent]
-    assert checkpoint.cost(first) == spent
-    assert not (first / "optimizer.safetensors").exists() and not (first / "trainer_state.json").exists()
-
+# ---- other families
 
 SMALL = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 99,
@@ -185,6 +277,21 @@ def test_another_family_sliced_computes_its_first_hidden_states(tmp_path, family
         assert ours.config.layer_types == types[:3] and len(set(types)) == 2
 
 
+def test_a_stack_of_another_family_is_complete(tmp_path):
+    AutoModelForCausalLM.from_config(FAMILIES["llama"]).save_pretrained(tmp_path / "source")
+    out = inherit.inherit(tmp_path / "source", "0:2,0:2", tmp_path / "out")
+    theirs, ours = weights(tmp_path / "source"), weights(out)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key.replace("layers.2", "layers.0").replace("layers.3", "layers.1")]) for key in ours)
+
+
+def test_a_fresh_layer_of_another_family_is_one_line(tmp_path):
+    AutoModelForCausalLM.from_config(FAMILIES["llama"]).save_pretrained(tmp_path / "source")
+    with pytest.raises(UserError, match="config.json"):
+        inherit.inherit(tmp_path / "source", "0:2,new", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_lists_with_an_entry_for_each_layer_are_sliced_too():
     config = {"num_hidden_layers": 4, "layer_types": ["a", "b", "c", "d"], "eos": [1, 2], "name": "abcd"}
     assert inherit.sliced_config(config, [3, 1], 4) == {
@@ -192,29 +299,13 @@ def test_lists_with_an_entry_for_each_layer_are_sliced_too():
     }  # fmt: skip
 
 
-def test_a_config_that_lies_about_its_layers_is_refused(source, tmp_path):
-    (source / "manifest.json").unlink()
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"n_layer": 3}))
-    with pytest.raises(UserError, match=r"layers \[0, 1, 2, 3\], but config.json says 3"):
-        inherit.inherit(source, "0:2", tmp_path / "out")
-
-
-def test_memory_stays_near_the_largest_tensor(tmp_path):
-    """A file of 256 MB in tensors of 8 MB. (Of 1 GB in tensors of 16 MB it took 20 MB.)"""
-    path = tmp_path / "source"
-    path.mkdir()
-    names = ["model.embed_tokens.weight", *(f"model.layers.{i}.mlp.{j}.weight" for i in range(8) for j in range(4))]
-    storage.write_tensors(path / "model.safetensors", sorted(names), lambda _: torch.ones(2**21))
-    (path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 8}))
-    script = f"""
-import inherit, resource
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-before = peak()
-inherit.inherit({str(path)!r}, "0:8", {str(tmp_path / "out")!r})
-print(peak() - before)
-"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out/model.safetensors").stat().st_size > 256 * 2**20
-    assert float(done.stdout.split()[-1]) < 5 * 8
+def test_the_tokenizer_s_files_travel_with_the_weights(tmp_path):
+    AutoModelForCausalLM.from_config(FAMILIES["llama"]).save_pretrained(tmp_path / "source")
+    for name in ("tokenizer.json", "tokenizer.model", "generation_config.json", "notes.txt", "pytorch_model.bin"):
+        (tmp_path / "source" / name).write_bytes(name.encode())
+    out = inherit.inherit(tmp_path / "source", "0:2", tmp_path / "out")
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "lineage.json", "manifest.json", "model.safetensors", "tokenizer.json", "tokenizer.model",
+        "generation_config.json",
+    }  # fmt: skip
+    assert (out / "tokenizer.model").read_bytes() == b"tokenizer.model"

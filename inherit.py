@@ -129,7 +129,7 @@ def inherit(
     path, config, n_layer, _ = open_source(reference, layers)
     lineage = lineage_of(reference, layers, parts, moments, top, top_layers)
     chosen = lineage["layers"]
-    target_config = sliced_config(config, chosen, n_layer) if not top else config | {"n_layer": len(chosen)}
+    target_config = sliced_config(config, [layer and layer % n_layer for layer in chosen], n_layer)
     kept = parts.split(",") if parts else BLOCK_PARTS
     if not set(kept) <= set(BLOCK_PARTS):
         raise UserError(f"parts {parts!r}; expected a comma-separated list of {', '.join(BLOCK_PARTS)}")
@@ -172,22 +172,13 @@ def inherit(
         for name in storage.TOKENIZER_FILES:
             if (path / name).is_file():
                 shutil.copy(path / name, directory)
-    print_lineage(out, origin, weights)
-    return Path(out)
-
-
-def print_lineage(out: str | Path, origin: dict[str, str], weights: dict):
-    """A line for each layer and each tensor outside the layers: what it is, where it came from, its size."""
-    rows = {}
+    rows = {}  # a line for each layer, and for each tensor outside the layers
     for name, source in origin.items():
-        match, source_match = LAYER.match(name), LAYER.match(source)
-        key = f"{match[1]}{match[2]}" if match else name
-        sources, n_params = rows.get(key, (set(), 0))
-        rows[key] = (sources | {source_match[1] + source_match[2] if source_match else source},
-                     n_params + weights[name].numel())
-    for key, (sources, n_params) in rows.items():
-        print(f"  {key:28s} <- {' + '.join(sorted(sources, reverse=True)):40s} {n_params:>13,}")
-    print(f"{out}: {sum(n for _, n in rows.values()):,} parameters stored")
+        rows.setdefault(LAYER.sub(r"\1\2", name), {})[LAYER.sub(r"\1\2", source)] = True
+    for name, sources in rows.items():
+        print(f"  {name:28s} <- {' + '.join(sources)}")
+    print(f"{out}: {sum(tensor.numel() for tensor in weights.values()):,} parameters stored")
+    return Path(out)
 
 
 def main():

@@ -92,16 +92,16 @@ def check(config: RecipeConfig):
     """Build every model of the recipe without memory, so that a mistake shows before the first step. UserError."""
     models = {"reference": Baseline(n_layer=config.n)} | wanted(config.baselines, config.n, config.first_k)
     for name, model in models.items():
-        settings = train_config(config, model, config.seed, Path(config.out_dir))
-        n_layer = model.n_layer or len(model.layers) + len(model.top_layers)
-        options = {f.name: value for f in fields(GPTConfig) if (value := getattr(settings, f.name)) is not None}
         try:
+            settings = train_config(config, model, config.seed, Path(config.out_dir))
+            n_layer = model.n_layer or len(model.layers) + len(model.top_layers)
+            options = {f.name: value for f in fields(GPTConfig) if (value := getattr(settings, f.name)) is not None}
             with torch.device("meta"):
                 shape = GPT(GPTConfig(**options | {"n_layer": n_layer})).config
-        except ValueError as error:
+            processes = machine.rank_and_world_size()[1]
+            data.accumulation(settings.tokens_per_step, settings.micro_batch, shape.block_size, processes)
+        except (ValueError, TypeError, UserError) as error:  # TypeError: a setting that train.py does not have
             raise UserError(f"{name}: {error}") from None
-        processes = machine.rank_and_world_size()[1]
-        data.accumulation(settings.tokens_per_step, settings.micro_batch, shape.block_size, processes)
 
 
 class Models:

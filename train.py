@@ -30,8 +30,7 @@ from model import GPT, GPTConfig
 from plumbing import checkpoint, configurator, machine, storage
 from plumbing.configurator import UserError, may_change
 
-# ---------------------------------------------------------------------------------------------------------
-# Settings
+# ---- settings
 
 # every option of GPTConfig (model.py); None: init_from's value, or else GPTConfig's default
 ModelOptions = make_dataclass("ModelOptions", [(f.name, f.type | None, field(default=None)) for f in fields(GPTConfig)])
@@ -81,21 +80,17 @@ class TrainConfig(ModelOptions):
     deterministic: bool = may_change(False)  # GPU: the same bits again, slower; a CPU gives them anyway
 
     def __post_init__(self):
-        for key in ("tokens_per_step", "max_steps", "micro_batch", "eval_interval", "save_interval", "log_interval"):
+        for key in ("tokens_per_step", "max_steps", "micro_batch", "eval_interval", "save_interval"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key} is {getattr(self, key)}, expected at least 1")
-        end = stable_steps(self) or self.max_steps
-        if not (0 <= self.min_lr <= self.lr and 0 <= self.warmup_steps <= end):
+        if not (0 <= self.min_lr <= self.lr and self.warmup_steps <= (stable_steps(self) or self.max_steps)):
             raise UserError(
-                f"lr {self.lr}, min_lr {self.min_lr}, warmup_steps {self.warmup_steps}; expected 0 <= min_lr <= lr "
-                f"and a warm-up that ends by step {end}"
+                f"found min_lr {self.min_lr}, lr {self.lr}, warmup_steps {self.warmup_steps}, max_steps "
+                f"{self.max_steps}; expected 0 <= min_lr <= lr and a warm-up that ends before the decay and the run"
             )
-        for key in filter(None, self.override.split(",")):
-            configurator.check_key(key, [f.name for f in fields(self)] + ["data"], "override")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What a step is made of: schedule, loss, batches, update
+# ---- what a step is made of: schedule, loss, update
 
 
 def stable_steps(config: TrainConfig) -> int:
@@ -173,17 +168,6 @@ def train_step(model, optimizer, scaler, grad_clip: float, loss_of, batches, acc
     return total, grad_norm
 
 
-def check_finite(optimizer, scaler, grad_norm, out_dir: Path):
-    """Wait for the device. Raises UserError, exit code 1, if updates were skipped for a non-finite gradient."""
-    if scaler.get_scale() < 1 if scaler.is_enabled() else optimizer.found_inf:  # the scaler tries smaller scales
-        made, kept = int(next(iter(optimizer.state.values()))["step"]), storage.steps(out_dir)
-        raise UserError(
-            f"step {made}: non-finite gradient norm ({grad_norm.item()}), no update was made since; "
-            f"last good checkpoint: {kept[-1] if kept else 'none'}; lower lr or warm up longer",
-            exit_code=1,
-        )
-
-
 @torch.no_grad()
 def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast, may_stop=False) -> np.ndarray | None:
     """Loss of every validation window, in nats per token: float64 (windows,), the same for any batch, to rounding.
@@ -226,8 +210,7 @@ def save(config: TrainConfig, meta: dict, model, optimizer, scaler, state: dict,
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------
-# One run
+# ---- one run
 
 
 def set_up(config: TrainConfig):
@@ -262,9 +245,8 @@ def loop(config: TrainConfig) -> Path:
     accumulation = data.accumulation(config.tokens_per_step, config.micro_batch, T, world_size)
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=hardware.dtype == torch.float16)
-    flops_per_token = model.config.flops_per_token()
-    if teacher:
-        flops_per_token += teacher.config.flops_per_token() // 3  # its forward pass: 2 of the 6 FLOPs of each weight
+    teacher_flops = teacher.config.flops_per_token() // 3 if teacher else 0  # forward: 2 of 6 for each weight
+    flops_per_token = model.config.flops_per_token() + teacher_flops
 
     # ---- resume
     made_from = {key: checkpoint.identity(lineages[key]) for key in lineages} | {"data": data.fingerprint(meta)}
@@ -298,7 +280,7 @@ def loop(config: TrainConfig) -> Path:
 
         # ---- guard and log. On all other steps the CPU does not wait for the device
         if step > start_step and (to_log or to_evaluate or to_save):
-            check_finite(optimizer, scaler, grad_norm, out_dir)
+            machine.check_finite(optimizer, scaler, grad_norm, storage.steps(out_dir))
         if to_log:
             if world_size > 1:
                 dist.all_reduce(loss)
@@ -347,10 +329,7 @@ def loop(config: TrainConfig) -> Path:
 
 
 def train(config: TrainConfig) -> Path:
-    """Train as configured. Returns the last checkpoint, also of a run that was already finished.
-
-    Raises UserError, also when a signal stopped the run, which has then been saved.
-    """
+    """Train as configured, with out_dir locked. Returns the last checkpoint. UserError, also after a signal."""
     lock = storage.Lock(config.out_dir)
     machine.on_rank_0(lock.acquire)
     try:

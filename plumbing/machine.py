@@ -183,7 +183,18 @@ def on_rank_0(function, *arguments):
     return result[0]
 
 
-# ---- signals
+# ---- guard and signals
+
+
+def check_finite(optimizer, scaler, grad_norm: torch.Tensor, kept: list[Path]):
+    """Wait for the device. Raises UserError, exit code 1, if updates were skipped for a non-finite gradient."""
+    if scaler.get_scale() < 1 if scaler.is_enabled() else optimizer.found_inf:  # the scaler tries smaller scales
+        made = int(next(iter(optimizer.state.values()))["step"])  # does not count skipped updates
+        raise UserError(
+            f"step {made}: non-finite gradient norm ({grad_norm.item()}), no update was made since; "
+            f"last good checkpoint: {kept[-1] if kept else 'none'}; lower lr or warm up longer",
+            exit_code=1,
+        )
 
 
 stop_signal = 0  # the first signal that asked this process to stop

@@ -3,8 +3,8 @@
     python inheritune.py config/demo.toml --baselines random "lazy layers" stacking
     python -c "import baselines; print(*baselines.baselines(n=24, k=16), sep='\\n')"
 
-n is the reference's number of layers, k the target's. Layers count from 0. An entry says what a model begins with and
-how it is trained; inheritune.py trains it, with the same tokens in the same order as the target.
+n is the reference's number of layers, k the target's. Layers count from 0. An entry says what a model begins with
+and how it is trained. inheritune.py trains it, with the same tokens in the same order as the target.
 """
 
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ def baselines(n: int, k: int) -> dict[str, Baseline]:
     first, last, everything = list(range(k)), list(range(n - k, n)), list(range(n))
     half, other_half = list(range((k + 1) // 2)), list(range(k // 2))
     every_other = list(range(0, n, 2))[:k]
-    every_other += range(n - 2 - (k - len(every_other)), n - 2)  # DistilBERT's layers; of 24: ::2,18:22 for 16
+    every_other += range(n - 2 - (k - len(every_other)), n - 2)  # DistilBERT's; 16 of 24: ::2,18:22
     in_place = 5 * n // 8  # of 24 layers the last 9 stay in place
     wsd = {"schedule": "wsd"}
     return {
@@ -56,14 +56,15 @@ def baselines(n: int, k: int) -> dict[str, Baseline]:
         # ---- two rounds of stacking (ours)
         "quarter of the target": Baseline(n_layer=(k + 3) // 4),
         "quarter, stacked": Baseline(
-            layers=list(range((k + 3) // 4)) + list(range(len(half) - (k + 3) // 4)), source="quarter of the target"
+            layers=list(range((k + 3) // 4)) + list(range((k + 1) // 2 - (k + 3) // 4)),
+            source="quarter of the target",
         ),
         "stacking, two rounds": Baseline(layers=half + other_half, source="quarter, stacked"),
         # ---- parts of layers (paper, table 3)
         "attention and its norm": Baseline(layers=first, parts="ln_1,attn"),
         "MLP and its norm": Baseline(layers=first, parts="ln_2,mlp"),
         "attention and MLP, no norms": Baseline(layers=first, parts="attn,mlp"),
-        # ---- distillation, half the steps (paper, appendix D), random and from every other layer (DistilBERT)
+        # ---- distillation, half the steps (paper, appendix D): random, and from every other layer
         "distilled, random": Baseline(n_layer=k, teacher="reference", steps=0.5),
         "distilled, every other layer": Baseline(layers=every_other, teacher="reference", steps=0.5),
         "distilled, inherited": Baseline(layers=first, teacher="reference", steps=0.5),
@@ -96,8 +97,8 @@ CLAIMS = [  # of the paper, then ours: text, the model that should be better, th
     ("Inheriting beats half width", "target", "half width"),
     ("Inheriting beats distillation", "target", "distilled, random"),
     ("Inheriting beats distilling every other layer", "target", "distilled, every other layer"),
-    ("Attention and MLP transfer more than attention", "attention and MLP, no norms", "attention and its norm"),
-    ("Attention and MLP transfer more than the MLP", "attention and MLP, no norms", "MLP and its norm"),
+    ("Both parts transfer more than attention", "attention and MLP, no norms", "attention and its norm"),
+    ("Both parts transfer more than the MLP", "attention and MLP, no norms", "MLP and its norm"),
     ("Matching is more than training for longer (ours)", "target", "reference, trained on"),
     ("The first layers transfer more than the last (ours)", "target", "last layers"),
     ("Inheriting beats two rounds of stacking (ours)", "target", "stacking, two rounds"),
@@ -105,6 +106,6 @@ CLAIMS = [  # of the paper, then ours: text, the model that should be better, th
     ("Growing the trained target beats one round (ours)", "grown from the target", "target"),
     ("Inheriting before the decay beats the paper's schedule (ours)", "inherited, WSD", "target"),
     ("The optimizer's moments are worth inheriting (ours)", "inherited with moments, WSD", "inherited, WSD"),
-    ("It beats random with twice the steps, WSD (ours)", "inherited with moments, WSD", "random, twice the steps, WSD"),
-    ("It beats the reference trained on, WSD (ours)", "inherited with moments, WSD", "reference, WSD, trained on"),
+    ("WSD beats random, twice the steps (ours)", "inherited with moments, WSD", "random, twice the steps, WSD"),
+    ("WSD beats the reference trained on (ours)", "inherited with moments, WSD", "reference, WSD, trained on"),
 ]

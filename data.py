@@ -3,8 +3,8 @@
     python prepare_data.py python --out=data/python        # makes a data directory
     python -m data data/python                             # verifies and describes one
 
-A data directory holds train.bin and val.bin (little-endian uint16, or uint32 for a vocabulary that needs it) and
-meta.json, which is written last: if it exists, the preparation was finished.
+A data directory holds train.bin and val.bin (little-endian uint16, or uint32 for a large vocabulary) and meta.json,
+which is written last: if it exists, the preparation was finished.
 
 The order of the training data is a pure function of (seed, step). Nothing is stored to resume it, a rank or a
 micro-batch only takes its slice of it, and all models of a comparison see the same tokens in the same order.
@@ -25,11 +25,11 @@ FORMAT = 1
 
 
 def read_meta(data_dir: str | Path) -> dict:
-    """The meta.json of a data directory. Raises UserError where the files do not have the sizes that it says."""
+    """The meta.json of a data directory. Raises UserError unless the files have the sizes that it says."""
     data_dir = Path(data_dir).expanduser()
     remedy = f"prepare it with: python prepare_data.py SOURCE --out={data_dir}"
     if not (data_dir / "meta.json").is_file():
-        raise UserError(f"{data_dir}: no meta.json, so it does not exist or its preparation did not finish; {remedy}")
+        raise UserError(f"{data_dir}: no meta.json: missing, or its preparation did not finish; {remedy}")
     meta = storage.read_json(data_dir / "meta.json")
     try:
         sizes = {split: int(meta["splits"][split]["tokens"]) for split in ("train", "val")}
@@ -63,13 +63,13 @@ def fingerprint(meta: dict) -> dict[str, str]:
 
 
 def open_tokens(data_dir: str | Path, split: str, block_size: int, vocab_size: float) -> np.ndarray:
-    """The token ids of "train" or "val", memory-mapped, checked against the model that reads them. UserError."""
+    """The token ids of "train" or "val", memory-mapped. Raises UserError if they do not fit the model."""
     meta = read_meta(data_dir)
     path, entry = Path(data_dir).expanduser() / f"{split}.bin", meta["splits"][split]
     if entry["max_id"] >= vocab_size or entry["tokens"] < block_size + 1:
         raise UserError(
             f"{path}: largest token id {entry['max_id']}, {entry['tokens']} tokens; expected ids below vocab_size "
-            f"{vocab_size} and at least block_size + 1 = {block_size + 1} tokens; change the model or prepare more text"
+            f"{vocab_size} and at least {block_size + 1} tokens, block_size + 1; change these or prepare more text"
         )
     return np.memmap(path, dtype=meta["dtype"], mode="r")
 
@@ -84,8 +84,8 @@ def n_train_windows(n_tokens: int, block_size: int) -> int:
 
 @functools.lru_cache(maxsize=2)  # a batch may span two epochs
 def epoch_starts(n_tokens: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where the windows of one epoch start: the tokens from a random offset, cut into windows of T, in random order."""
-    # RandomState, not default_rng: NumPy promises (NEP 19) that its stream never changes, and resuming relies on it
+    """Where the windows of one epoch start: cut from a random offset into windows of T, in random order."""
+    # RandomState, not default_rng: NumPy promises (NEP 19) that its stream never changes. Resuming relies on it
     random = np.random.RandomState([seed, epoch])
     n_windows = n_train_windows(n_tokens, block_size)
     offset = random.randint(min(block_size, n_tokens - n_windows * block_size))
@@ -96,14 +96,15 @@ def train_starts(n_tokens: int, block_size: int, seed: int, step: int, batch_siz
     """Where the batch_size windows of update `step` start: f(seed, step), each window once an epoch."""
     n_windows = n_train_windows(n_tokens, block_size)
     positions = range(step * batch_size, (step + 1) * batch_size)  # in the endless sequence of windows
-    return np.array([epoch_starts(n_tokens, block_size, seed, p // n_windows)[p % n_windows] for p in positions])
+    starts = functools.partial(epoch_starts, n_tokens, block_size, seed)  # of an epoch
+    return np.array([starts(p // n_windows)[p % n_windows] for p in positions])
 
 
 def accumulation(tokens_per_step: int, micro_batch: int, block_size: int, processes: int) -> int:
     """How many micro-batches of each process make a step. Raises UserError if it is not a whole number."""
     micro_tokens = micro_batch * block_size * processes
     if tokens_per_step % micro_tokens:
-        fitting = [b for b in range(micro_batch, 0, -1) if tokens_per_step % (b * block_size * processes) == 0]
+        fitting = [b for b in range(micro_batch, 0, -1) if not tokens_per_step % (b * block_size * processes)]
         remedy = f"--micro_batch={fitting[0]} divides it" if fitting else "change tokens_per_step"
         raise UserError(
             f"tokens_per_step {tokens_per_step} is not divisible by micro_batch {micro_batch} x "
@@ -113,15 +114,16 @@ def accumulation(tokens_per_step: int, micro_batch: int, block_size: int, proces
 
 
 def step_batches(tokens: np.ndarray, config, step: int, rank: int, world_size: int):
-    """Yield the micro-batches (x, y), each (B, T), of one process in update `step`, and seed the dropout of each."""
+    """Yield one process's micro-batches (x, y), each (B, T), of update `step`, and seed the dropout of each."""
     import torch
 
-    starts = train_starts(len(tokens), config.block_size, config.seed, step, config.tokens_per_step // config.block_size)
+    T = config.block_size
+    starts = train_starts(len(tokens), T, config.seed, step, config.tokens_per_step // T)
     for micro_step, micro_starts in enumerate(starts.reshape(-1, world_size, config.micro_batch)[:, rank]):
         if config.dropout:  # the same masks whenever this step is made again
             seeds = np.random.SeedSequence([config.seed, step, rank, micro_step])
             torch.manual_seed(int(seeds.generate_state(1)[0]))
-        yield windows(tokens, micro_starts, config.block_size)
+        yield windows(tokens, micro_starts, T)
 
 
 # ---- validation
@@ -142,7 +144,8 @@ def windows(tokens: np.ndarray, starts: np.ndarray, block_size: int):
     """Inputs and targets (the inputs shifted by one) of the windows at `starts`: two int64 tensors (B, T)."""
     import torch  # imported here: prepare_data.py starts in half the time without it
 
-    window = torch.from_numpy(tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))  # (B, T + 1)
+    window = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)  # (B, T + 1)
+    window = torch.from_numpy(window)
     return window[:, :-1], window[:, 1:]
 
 

@@ -4,12 +4,12 @@
     python inherit.py --reference=gpt2-medium --layers=0:12 --out=out/medium-12        # of a model on the hub
     python inherit.py --reference=out/demo/reference --layers=new:4,4:8 --out=out/fresh-below
     python inherit.py --reference=out/demo/reference --layers=0:4 --parts=ln_1,attn --out=out/attention-only
-    python inherit.py --reference=out/half --layers=: --top=out/demo/reference --top_layers=4:6 --out=out/grown
+    python inherit.py --reference=out/half --layers=: --top=out/demo/reference --top_layers=4:6 --out=out/six
 
---layers lists a source layer for each layer of the target, as Python slices, from 0 and half-open: "0:8,0:8" stacks,
-"::2" takes every other layer, "new" is a fresh layer and "new:15" are fifteen. Embeddings, final norm and head are
-always inherited. It renames tensors and builds no model, so any Hugging Face decoder will do (GPT-2, Llama, Qwen, ...).
-Only fresh tensors need a GPT-2. lineage.json records where each tensor came from.
+--layers lists a source layer for each layer of the target, as Python slices, from 0 and half-open: "0:8,0:8"
+stacks, "::2" takes every other layer, "new" is a fresh layer and "new:15" are fifteen. Embeddings, final norm and
+head are always inherited. It renames tensors and builds no model, so any Hugging Face decoder will do (GPT-2, Llama,
+Qwen, ...). Only fresh tensors need a GPT-2. lineage.json records where each tensor came from.
 """
 
 import re
@@ -36,7 +36,7 @@ class InheritConfig:
     reference: str  # a checkpoint, a run directory or a name on the hub
     layers: str  # source layers as slices: 0:12 or ::2 or 0:4,0:4 or : for all; new or new:2 for fresh ones
     out: str  # directory to write
-    parts: str = ""  # GPT-2: comma-separated parts of each block to take (ln_1, attn, ln_2, mlp); the rest is fresh
+    parts: str = ""  # GPT-2: comma-separated parts of blocks to take (ln_1, attn, ln_2, mlp); the rest is fresh
     moments: bool = False  # take AdamW's state of the inherited tensors too, for train.py to start with
     top: str = ""  # a second checkpoint of the same width, whose layers go on top of the reference's
     top_layers: str = ""  # which of its layers
@@ -44,8 +44,8 @@ class InheritConfig:
 
 
 def take_layers(names, layers: list[int | None]) -> dict[str, str | None]:
-    """Target tensor -> source tensor, or None for a fresh one. Layer i of the target is layers[i] of the source."""
-    # Inheritune step 1 (inherit): embeddings, final norm and head, then the chosen layers (paper, algorithm 1)
+    """Target tensor -> source tensor, None for a fresh one. Layer i of the target is layers[i] of the source."""
+    # Inheritune step 1 (inherit): embeddings, final norm, head; then the chosen layers (paper, algorithm 1)
     target = {name: name for name in names if not LAYER.match(name)}
     for new, old in enumerate(layers):
         for name in names:
@@ -67,15 +67,15 @@ def parse_layers(text: str, n_layer: int) -> list[int | None]:
         chosen = range(start, stop or n_layer, stride or 1) if match and match[2] else range(start, start + 1)
         if not item or not match or not chosen or chosen[-1] >= n_layer or match[4] == "0":
             raise UserError(
-                f"layers {text!r}: {item!r} selects nothing in 0:{n_layer}; expected slices such as 0:12, ::2, 3 or "
-                f"new:2, counted from 0 (the reference has {n_layer} layers)"
+                f"layers {text!r}: {item!r} selects nothing in 0:{n_layer}; expected slices such as 0:12, ::2, 3 "
+                f"or new:2, counted from 0 (the reference has {n_layer} layers)"
             )
         layers += chosen
     return layers
 
 
 def sliced_config(config: dict, layers: list[int | None], n_layer: int) -> dict:
-    """config.json of the target: the number of layers, and the lists with an entry per layer ("layer_types")."""
+    """config.json of the target: its number of layers, and lists with an entry per layer ("layer_types")."""
     lists = {
         key: [value[layer or 0] for layer in layers]
         for key, value in config.items()
@@ -85,7 +85,7 @@ def sliced_config(config: dict, layers: list[int | None], n_layer: int) -> dict:
 
 
 def open_source(name: str | Path, layers: str | list) -> tuple[Path, dict, int, list[int | None]]:
-    """A checkpoint's path, its config.json, its number of layers, and the layers to take. Raises UserError."""
+    """A checkpoint's path, config.json, number of layers, and the layers to take. Raises UserError."""
     path = storage.resolve(name)
     config = storage.read_json(path / "config.json")
     n_layer = config.get("n_layer") or config.get("num_hidden_layers")
@@ -95,7 +95,7 @@ def open_source(name: str | Path, layers: str | list) -> tuple[Path, dict, int, 
 
 
 def source_tensors(path: Path, config: dict, n_layer: int, stem: str, shift: int = 0) -> dict:
-    """Name -> tensor of a checkpoint, its layers numbered from `shift`. Raises UserError if they are not n_layer."""
+    """Name -> tensor of a checkpoint, its layers counted from `shift`. UserError if they are not n_layer."""
     rename = checkpoint.gpt2_key if config.get("model_type") == "gpt2" else str
     found, numbers = {}, set()
     for stored_name, tensor in storage.read_tensors(path, stem).items():
@@ -107,14 +107,15 @@ def source_tensors(path: Path, config: dict, n_layer: int, stem: str, shift: int
         if name:
             found[name] = tensor
     if numbers != set(range(n_layer)):
-        raise UserError(f"{path}: the tensors have layers {sorted(numbers)}, but config.json says {n_layer} layers")
+        raise UserError(f"{path}: the tensors have layers {sorted(numbers)}, but config.json says {n_layer}")
     return found
 
 
 def lineage_of(reference, layers, parts="", moments=False, top="", top_layers="") -> dict:
-    """All that decides what is inherited, for lineage.json. The layers of `top` count from the reference's end."""
+    """What decides the inherited tensors, for lineage.json. The layers of `top` follow the reference's."""
     path, _, n_layer, chosen = open_source(reference, layers)
-    lineage = {"reference": str(reference), "sha256": storage.hashes(path), "parts": parts or "all", "moments": moments}
+    lineage = {"reference": str(reference), "sha256": storage.hashes(path)}
+    lineage |= {"parts": parts or "all", "moments": moments}
     if top:
         top_path, _, _, on_top = open_source(top, top_layers)
         chosen = chosen + [n_layer + layer for layer in on_top]
@@ -122,10 +123,8 @@ def lineage_of(reference, layers, parts="", moments=False, top="", top_layers=""
     return lineage | {"layers": chosen}
 
 
-def inherit(
-    reference: str | Path, layers: str | list, out: str | Path, parts="", moments=False, top="", top_layers="", seed=1337
-) -> Path:
-    """Write the target to `out` and print where each of its layers came from; see InheritConfig. Raises UserError."""
+def inherit(reference, layers, out, parts="", moments=False, top="", top_layers="", seed=1337) -> Path:
+    """Write the target to `out` and print where its layers came from; see InheritConfig. Raises UserError."""
     path, config, n_layer, _ = open_source(reference, layers)
     lineage = lineage_of(reference, layers, parts, moments, top, top_layers)
     chosen = lineage["layers"]
@@ -134,7 +133,7 @@ def inherit(
     if not set(kept) <= set(BLOCK_PARTS):
         raise UserError(f"parts {parts!r}; expected a comma-separated list of {', '.join(BLOCK_PARTS)}")
     if config.get("scale_attn_by_inverse_layer_idx") and chosen != list(range(len(chosen))):
-        print("warning: this model divides the attention logits of layer i by i + 1, so a moved layer computes differently")
+        print("warning: layer i of this model divides its attention logits by i + 1; a moved layer computes differently")
 
     fresh = {}
     if parts or None in chosen:

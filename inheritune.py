@@ -4,8 +4,8 @@
     python inheritune.py config/demo.toml --out_dir=out/mine --max_steps=600   # any setting of train.py
     torchrun --standalone --nproc_per_node=4 inheritune.py config/demo.toml --micro_batch=8
 
-You can interrupt it at any time. Rerun the same command to resume: complete stages are skipped. All models of one seed
-see the same tokens in the same order, and all are evaluated on the same validation windows.
+You can interrupt it at any time. Rerun the same command to resume: complete stages are skipped. All models of one
+seed see the same tokens in the same order, and all are evaluated on the same validation windows.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -30,12 +30,12 @@ from train import TrainConfig, train
 class RecipeConfig(TrainConfig):
     """Run or resume the whole recipe into out_dir. The settings of train.py apply to every model."""
 
-    start_layers: int | Literal["auto"] | None = None  # k of the first round; None: n/2; auto: up to the lazy tail
+    start_layers: int | Literal["auto"] | None = None  # k at first; None: n/2; auto: up to the lazy tail
     expand_by: int = 2  # layers that each further round adds (paper, section 4)
-    expand_from: Literal["reference", "target"] = "reference"  # target: keep its trained layers and add to them
+    expand_from: Literal["reference", "target"] = "reference"  # target: add to its trained layers
     inherit_from: Literal["last", "stable"] = "last"  # stable: the reference before its "wsd" decay (ours)
     moments: bool = False  # inherit AdamW's state with the weights (ours)
-    tolerance: float = 0.0  # nats per token; matched: the mean loss is at most this much above the reference's
+    tolerance: float = 0.0  # nats per token that the target's loss may be above the reference's
     seeds: list[int] = field(default_factory=list)  # train everything with each of these; empty: with seed
     sequences: int = 100  # of the attention analysis
     baselines: list[str] = field(default_factory=list)  # names in baselines.py
@@ -53,23 +53,25 @@ class RecipeConfig(TrainConfig):
         super().__post_init__()
         if not (1 <= self.first_k <= self.n and self.expand_by >= 1):
             raise UserError(
-                f"start_layers {self.first_k}, expand_by {self.expand_by}; expected 1 to {self.n} and at least 1"
+                f"start_layers {self.first_k}, expand_by {self.expand_by}; expected 1 to {self.n}, at least 1"
             )
+        if self.inherit_from == "stable" and self.schedule != "wsd":
+            raise UserError('inherit_from is stable, which needs the checkpoint before a decay; set schedule to "wsd"')
         if self.init_from != "scratch" or self.eval_only or self.override or self.teacher:
-            raise UserError("init_from, eval_only, override and teacher are settings of train.py, not of the recipe")
+            raise UserError("init_from, eval_only, override and teacher are for train.py, not for the recipe")
 
 
 def round_target(config: RecipeConfig, k: int, previous_k: int | None) -> Baseline:
-    """What the target of k layers begins with: the growth rule (Inheritune step 3; paper, algorithm 1 and section 1)."""
+    """What the target of k layers begins with: the growth rule (Inheritune step 3; algorithm 1, section 1)."""
     stable = {"stable": config.inherit_from == "stable", "moments": config.moments}
-    if previous_k and config.expand_from == "target":  # keep what was trained, add the reference's next layers
+    if previous_k and config.expand_from == "target":  # add the reference's next layers
         added = list(range(previous_k, k))
         return Baseline(layers=list(range(previous_k)), source="target", top="reference", top_layers=added)
     return Baseline(layers=list(range(k)), **stable)  # start again from the reference's first k layers
 
 
 def wanted(names: list[str], n: int, k: int) -> dict[str, Baseline]:
-    """The baselines of these names and those that they begin with, in an order in which they can be trained."""
+    """The baselines of these names and those that they begin with, in an order that can be trained."""
     known, found = baselines(n, k), {}
     for name in names:
         configurator.check_key(name, known, "baselines")
@@ -81,7 +83,8 @@ def wanted(names: list[str], n: int, k: int) -> dict[str, Baseline]:
 def train_config(config: RecipeConfig, model: Baseline, seed: int, out_dir: Path) -> TrainConfig:
     """The settings of train.py for one model of the recipe. Raises UserError if they do not fit."""
     settings = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
-    settings |= {"seed": seed, "max_steps": max(1, round(model.steps * config.max_steps)), "out_dir": str(out_dir)}
+    max_steps = max(1, round(model.steps * config.max_steps))
+    settings |= {"seed": seed, "max_steps": max_steps, "out_dir": str(out_dir)}
     if model.stable:
         settings["warmup_steps"] = 0  # it continues at the rate that its source had
     settings |= model.settings | {"n_layer": model.n_layer or None, "resume": "auto"}
@@ -89,7 +92,7 @@ def train_config(config: RecipeConfig, model: Baseline, seed: int, out_dir: Path
 
 
 def check(config: RecipeConfig):
-    """Build every model of the recipe without memory, so that a mistake shows before the first step. UserError."""
+    """Build every model on the meta device, so that a mistake shows before the first step. UserError."""
     models = {"reference": Baseline(n_layer=config.n)} | wanted(config.baselines, config.n, config.first_k)
     for name, model in models.items():
         try:
@@ -117,7 +120,7 @@ class Models:
         return checkpoint.last_stable(self.runs[name]) if stable else storage.latest(self.runs[name])
 
     def make(self, name: str, model: Baseline, directory: str) -> tuple[Path, list[Path]]:
-        """Inherit (step 1) and train (step 2) one model unless that is done. Its checkpoint, and its sources."""
+        """Inherit (step 1) and train (step 2) a model unless that is done. Its checkpoint, and its sources."""
         out_dir = self.out_dir / directory
         settings, sources = train_config(self.config, model, self.seed, out_dir), []
         if model.layers:
@@ -136,13 +139,13 @@ class Models:
 
 
 def inherit_once(source: Path, layers: list, out: Path, how: dict, seed: int):
-    """Inherit into `out` unless that was done. Raises UserError if it was done from different weights or layers."""
+    """Inherit into `out` unless that was done. UserError if it was done from different weights or layers."""
     if not out.exists():
         inherit(source, layers, out, **how, seed=seed)
     asked, found = checkpoint.identity(lineage_of(source, layers, **how)), checkpoint.origin(out)
     differ = [key for key in asked if found.get(key) != asked[key]]
     if differ:
-        raise UserError(f"{out} was made with a different {', '.join(differ)}; remove {out.parent} to make it again")
+        raise UserError(f"{out} was made with a different {', '.join(differ)}; remove {out.parent} and rerun")
 
 
 def measure(config: RecipeConfig, model: Path) -> dict:
@@ -183,9 +186,11 @@ def recipe(config: RecipeConfig):
 
     # ---- Inheritune: inherit k layers, train, and expand until the target matches (paper, algorithm 1)
     while True:
-        targets = make("target", "round", round_target(config, k, previous_k), f"inherited-{k}", f"inherited, {k} layers")
+        start = round_target(config, k, previous_k)
+        targets = make("target", "round", start, f"inherited-{k}", f"inherited, {k} layers")
         difference, interval = paired_difference(targets, references)
-        machine.say(f"round k = {k}: {difference:+.4f} nats: {verdict(difference, interval, config.tolerance)}")
+        result = verdict(difference, interval, config.tolerance)
+        machine.say(f"round k = {k}: {difference:+.4f} nats to the reference: {result}")
         if difference <= config.tolerance or k == n:
             break
         previous_k, k = k, min(k + config.expand_by, n)

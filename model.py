@@ -17,14 +17,14 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# On a CPU in bfloat16, matrix products take half the time of the fused kernel. From some length on they need too much
-# memory, since they hold the (T, T) matrices.
+# On a CPU in bfloat16, matrix products take half the time of the fused kernel. They hold the (T, T) matrices, so from
+# some length on they need too much memory.
 PRODUCTS_UP_TO = 512  # T
 
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. The defaults are GPT-2 small as the paper trains it (no biases, padded vocabulary)."""
+    """The shape of a model. The defaults are GPT-2 small as the paper trains it: no biases, padded vocabulary."""
 
     n_layer: int = 12
     n_head: int = 12
@@ -40,7 +40,7 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; change one of them")
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; change one")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}, expected 0 <= dropout < 1")
 
@@ -98,7 +98,7 @@ class CausalSelfAttention(nn.Module):
         return (logits + future).softmax(-1)  # a sum compiles to faster code than masked_fill
 
     def matrix(self, x):
-        """The attention matrices (B, nh, T, T) of x (B, T, C). The fused kernel of `forward` never holds them."""
+        """The attention matrices (B, nh, T, T) of x (B, T, C), which the fused kernel never holds."""
         q, k, _ = self.heads(x)
         return self.attention_weights(q, k)
 
@@ -138,7 +138,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # keep only what enters a block, compute the rest again in the backward
+        self.gradient_checkpointing = False  # keep only a block's input, compute the rest again in backward
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),  # also the head: the weights are tied
@@ -164,7 +164,7 @@ class GPT(nn.Module):
         return self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
 
     def forward(self, idx, targets=None, reduction="mean"):
-        """Logits (B, T, V); with targets (B, T) the cross-entropy in nats, a scalar or, for "none", (B, T)."""
+        """Logits (B, T, V); with targets (B, T) the cross-entropy in nats: a scalar, or (B, T) for "none"."""
         x = self.embed(idx)
         for block in self.transformer.h:
             x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing else block(x)
@@ -194,12 +194,12 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens: int, temperature=1.0, top_k: int | None = None):
         """Continue idx (B, T >= 1) by max_new_tokens sampled tokens; sees the last block_size at most.
 
-        Temperature 0 takes the likeliest token. Raises ValueError for an empty prompt, temperature < 0, top_k < 1.
+        Temperature 0 takes the likeliest token. ValueError for an empty prompt, temperature < 0, top_k < 1.
         """
         if idx.shape[1] == 0 or not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
             raise ValueError(
-                f"cannot sample from a prompt of {idx.shape[1]} tokens at temperature {temperature}, top_k {top_k} "
-                "(expected at least 1 token, temperature >= 0, top_k >= 1)"
+                f"found a prompt of {idx.shape[1]} tokens, temperature {temperature}, top_k {top_k}; "
+                "expected at least 1 token, temperature >= 0, top_k >= 1"
             )
         for _ in range(max_new_tokens):
             logits = self(idx[:, -self.config.block_size :])[:, -1].float()  # (B, V)

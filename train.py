@@ -6,8 +6,8 @@
     python train.py config/demo.toml --out_dir=out/student --n_layer=4 --teacher=out/mine    # distillation
     python train.py --init_from=out/mine --data_dir=data/demo --eval_only  # its validation loss
 
-It writes checkpoints (out_dir/step-*/) and out_dir/metrics.jsonl. A step is one update of the weights. After the last
-of max_steps the weights are evaluated and saved.
+It writes checkpoints (out_dir/step-*/) and out_dir/metrics.jsonl. A step is one update of the weights. After the
+last of max_steps the weights are evaluated and saved.
 """
 
 import functools
@@ -33,7 +33,8 @@ from plumbing.configurator import UserError, may_change
 # ---- settings
 
 # every option of GPTConfig (model.py); None: init_from's value, or else GPTConfig's default
-ModelOptions = make_dataclass("ModelOptions", [(f.name, f.type | None, field(default=None)) for f in fields(GPTConfig)])
+OPTIONS = [(f.name, f.type | None, field(default=None)) for f in fields(GPTConfig)]
+ModelOptions = make_dataclass("ModelOptions", OPTIONS)
 
 
 @dataclass
@@ -43,7 +44,7 @@ class TrainConfig(ModelOptions):
     out_dir: str = may_change("out/run")  # checkpoints and metrics
     data_dir: str = may_change("data/python")  # made by prepare_data.py; its tokens may not change
     init_from: str = may_change("scratch")  # or a checkpoint, a run directory or a name on the hub
-    resume: Literal["auto", True, False] = may_change(False)  # from out_dir's latest checkpoint; auto: if it has one
+    resume: Literal["auto", True, False] = may_change(False)  # from the latest checkpoint; auto: if there is one
     override: str = may_change("")  # comma-separated settings allowed to differ on resume
     eval_only: bool = may_change(False)  # print the validation loss of init_from and stop
 
@@ -86,7 +87,7 @@ class TrainConfig(ModelOptions):
         if not (0 <= self.min_lr <= self.lr and self.warmup_steps <= (stable_steps(self) or self.max_steps)):
             raise UserError(
                 f"found min_lr {self.min_lr}, lr {self.lr}, warmup_steps {self.warmup_steps}, max_steps "
-                f"{self.max_steps}; expected 0 <= min_lr <= lr and a warm-up that ends before the decay and the run"
+                f"{self.max_steps}; expected 0 <= min_lr <= lr and a warm-up that ends before decay and run"
             )
 
 
@@ -95,7 +96,9 @@ class TrainConfig(ModelOptions):
 
 def stable_steps(config: TrainConfig) -> int:
     """The number of updates before the learning rate of a "wsd" schedule begins to decay; 0 for a cosine."""
-    return config.max_steps - round(config.decay_fraction * config.max_steps) if config.schedule == "wsd" else 0
+    if config.schedule == "cosine":
+        return 0
+    return config.max_steps - round(config.decay_fraction * config.max_steps)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -112,7 +115,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def distillation_loss(logits, targets, teacher_logits, alpha: float, tau: float):
-    """alpha * cross-entropy + (1 - alpha) * tau^2 * KL(teacher, student), the mean over tokens in nats: a scalar.
+    """alpha * cross-entropy + (1 - alpha) * tau^2 * KL(teacher, student), in nats per token: a scalar.
 
     logits (B, T, V), targets (B, T). tau^2 keeps the size of the KL's gradient (arXiv 1503.02531, section 2).
     """
@@ -138,16 +141,16 @@ def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW (paper, appendix F), one kernel for all parameters."""
     groups = model.param_groups(config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
-    optimizer.found_inf = torch.zeros((), device=model.transformer.wte.weight.device)  # 1: the kernel does nothing
+    optimizer.found_inf = torch.zeros((), device=next(model.parameters()).device)  # 1: the kernel does nothing
     return optimizer
 
 
-def train_step(model, optimizer, scaler, grad_clip: float, loss_of, batches, accumulation: int, mark=lambda part: None):
+def train_step(model, optimizer, scaler, grad_clip, loss_of, batches, accumulation: int, mark=lambda part: None):
     """One update on `accumulation` micro-batches (x, y). Returns (loss, gradient norm), on the device.
 
-    loss_of(x, y, is_last) is a mean over tokens. mark(part) is called after each part: bench.py times this function.
-    Once a gradient norm is non-finite, this and all later updates are skipped by the optimizer's kernel, so the CPU
-    need not wait for the device at each step. With a GradScaler (float16) only that one is skipped.
+    loss_of(x, y, is_last) is a mean over tokens. mark(part) is called after each part: bench.py times them.
+    Once a gradient norm is non-finite, this and all later updates are skipped by the optimizer's kernel, so that
+    the CPU need not wait for the device at each step. With a GradScaler (float16) only that one is skipped.
     """
     total = 0.0
     for i, (x, y) in enumerate(batches, start=1):
@@ -169,10 +172,10 @@ def train_step(model, optimizer, scaler, grad_clip: float, loss_of, batches, acc
 
 
 @torch.no_grad()
-def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast, may_stop=False) -> np.ndarray | None:
-    """Loss of every validation window, in nats per token: float64 (windows,), the same for any batch, to rounding.
+def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast, may_stop=False):
+    """Loss of every validation window, in nats per token: float64 (windows,), for any batch the same to rounding.
 
-    Each process evaluates its share of the windows and gets all results. None if it may_stop and a signal asks to.
+    Each process evaluates its share of the windows and gets all results. None if it may_stop and a signal came.
     """
     rank, world_size = machine.rank_and_world_size()
     T = model.config.block_size
@@ -197,7 +200,7 @@ def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast,
 
 
 def save(config: TrainConfig, meta: dict, model, optimizer, scaler, state: dict, lineage: dict, losses) -> Path:
-    """Publish the checkpoint of a step with all that resuming needs, and delete older ones. Returns its path."""
+    """Publish a checkpoint with all that resuming needs, and delete older ones. Returns its path."""
     path, device = Path(config.out_dir) / f"step-{state['step']:08d}", next(model.parameters()).device
     state |= {"scaler": scaler.state_dict(), "settings": asdict(config), "versions": machine.versions(device)}
     files = {"trainer_state.json": state} | ({"lineage.json": lineage} if lineage else {})
@@ -205,7 +208,7 @@ def save(config: TrainConfig, meta: dict, model, optimizer, scaler, state: dict,
         text = {"data": state["made_from"]["data"]["val"], "block_size": config.block_size}
         files["val_losses.json"] = text | {"losses": losses.tolist()}
     machine.on_rank_0(checkpoint.save, path, model, meta["tokenizer"], meta["eot"], optimizer, files)
-    spare = path.with_name(f"step-{stable_steps(config):08d}")  # a "wsd" run's last checkpoint before its decay
+    spare = path.with_name(f"step-{stable_steps(config):08d}")  # the last one before a "wsd" decay
     machine.on_rank_0(storage.prune, path.parent, config.keep_checkpoints, spare)
     return path
 
@@ -224,7 +227,8 @@ def set_up(config: TrainConfig):
         same = {key: getattr(model.config, key) for key in ("vocab_size", "block_size")}
         teacher, taught_by = checkpoint.open_model(config.teacher, meta, hardware.wide, same)
     model.gradient_checkpointing = config.gradient_checkpointing
-    flops = 0 if config.eval_only else config.max_steps * config.tokens_per_step * model.config.flops_per_token()
+    n_tokens = 0 if config.eval_only else config.max_steps * config.tokens_per_step
+    flops = n_tokens * model.config.flops_per_token()
     reason = machine.prepare([model, teacher] if teacher else [model], config.compile, flops, hardware)
     machine.say(
         f"{config.out_dir}: {model.config.n_layer} layers, {model.config.num_params():,} parameters, "
@@ -240,7 +244,8 @@ def loop(config: TrainConfig) -> Path:
     hardware, meta, model, teacher, lineages = set_up(config)
     config = replace(config, dtype=str(hardware.dtype), **asdict(model.config))  # no None and no "auto"
     device, T, out_dir = hardware.device, config.block_size, Path(config.out_dir)
-    train_tokens, val_tokens = (data.open_tokens(config.data_dir, s, T, config.vocab_size) for s in ("train", "val"))
+    open_tokens = functools.partial(data.open_tokens, config.data_dir, block_size=T, vocab_size=config.vocab_size)
+    train_tokens, val_tokens = open_tokens("train"), open_tokens("val")
     rank, world_size = machine.rank_and_world_size()
     accumulation = data.accumulation(config.tokens_per_step, config.micro_batch, T, world_size)
     optimizer = make_optimizer(model, config)
@@ -249,12 +254,14 @@ def loop(config: TrainConfig) -> Path:
     flops_per_token = model.config.flops_per_token() + teacher_flops
 
     # ---- resume
-    made_from = {key: checkpoint.identity(lineages[key]) for key in lineages} | {"data": data.fingerprint(meta)}
+    made_from = {key: checkpoint.identity(lineage) for key, lineage in lineages.items()}
+    made_from["data"] = data.fingerprint(meta)
     start_step, evaluated_at = 0, None
     path = machine.on_rank_0(checkpoint.to_resume, out_dir, config.resume)
     if path:
         fixed = {f.name: getattr(config, f.name) for f in fields(config) if not f.metadata.get("may_change")}
-        state = checkpoint.resume(path, model, optimizer, scaler, fixed | made_from, config.override.split(","))
+        override = config.override.split(",")
+        state = checkpoint.resume(path, model, optimizer, scaler, fixed | made_from, override)
         start_step, evaluated_at = state["step"], state["evaluated_at"]
         machine.say(f"resuming from {path}: step {start_step} of {config.max_steps}")
         if start_step == config.max_steps:
@@ -267,7 +274,7 @@ def loop(config: TrainConfig) -> Path:
     loss_of = functools.partial(training_loss, config, parallel, teacher, hardware.autocast)
     stable = stable_steps(config)  # the checkpoint after so many steps is kept
     log = functools.partial(storage.append_json, out_dir / "metrics.jsonl") if rank == 0 else lambda _: None
-    progress = tqdm(total=config.max_steps, initial=start_step, unit="step", disable=None if rank == 0 else True)
+    progress = tqdm(total=config.max_steps, initial=start_step, disable=None if rank == 0 else True)
     timed_from, t0 = start_step, time.perf_counter()
     rate, loss, grad_norm = 0.0, None, None  # of the last update; loss and norm are on the device
     model.train()
@@ -292,7 +299,7 @@ def loop(config: TrainConfig) -> Path:
 
         # ---- validation: the mean over all windows, which are always the same
         if to_evaluate:
-            losses = evaluate(model, val_tokens, config.micro_batch, device, hardware.autocast, may_stop=not last)
+            losses = evaluate(model, val_tokens, config.micro_batch, device, hardware.autocast, not last)
             stop = stop or machine.stop_requested()
             if losses is not None:
                 val_loss, error = data.mean_and_error(losses)
@@ -301,7 +308,7 @@ def loop(config: TrainConfig) -> Path:
                     import analyze_attention  # imported where it is used: training needs none of it
 
                     log(counts | analyze_attention.track(model, val_tokens))
-                machine.say(f"  step {step:>6,} of {config.max_steps:,}: val loss {val_loss:.4f} ± {error:.4f}")
+                machine.say(f"  step {step:6,} of {config.max_steps:,}: val loss {val_loss:.4f} ± {error:.4f}")
                 evaluated_at = step
 
         # ---- checkpoint, and the end of the run
@@ -324,12 +331,14 @@ def loop(config: TrainConfig) -> Path:
         for group in optimizer.param_groups:
             group["lr"] = rate
         batches = machine.send_all(data.step_batches(train_tokens, config, step, rank, world_size), device)
-        loss, grad_norm = train_step(model, optimizer, scaler, config.grad_clip, loss_of, batches, accumulation)
+        loss, grad_norm = train_step(
+            model, optimizer, scaler, config.grad_clip, loss_of, batches, accumulation
+        )
         progress.update()
 
 
 def train(config: TrainConfig) -> Path:
-    """Train as configured, with out_dir locked. Returns the last checkpoint. UserError, also after a signal."""
+    """Train with out_dir locked. Returns the last checkpoint. Raises UserError, also after a signal."""
     lock = storage.Lock(config.out_dir)
     machine.on_rank_0(lock.acquire)
     try:

@@ -1,1 +1,1 @@
-"""What keeps the results honest and is no part of the paper: settings, files, checkpoints, machine, other decoders."""
+"""What is no part of the paper: settings, files, checkpoints, machine, tokenizers, other decoders, figures."""

@@ -1,7 +1,7 @@
 """A checkpoint is a Hugging Face GPT-2 directory: save and load models, and what a run needs to resume.
 
     python -c "from plumbing import checkpoint; print(checkpoint.load_model('out/demo/reference').config)"
-    python -c "import transformers; transformers.AutoModelForCausalLM.from_pretrained('out/.../step-00000300')"
+    python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained('out/.../step-00000300')"
 
 config.json            GPT2Config's fields, and ours: bias, tokenizer
 tokenizer.json         and tokenizer_config.json (plumbing/tokenizers.py)
@@ -41,7 +41,7 @@ FIXED = {  # what model.py computes, in GPT2Config's words: the value we write, 
 
 
 def hf_config(config: GPTConfig, tokenizer: str, eot: int) -> dict:
-    """config.json of a model. Every option of GPTConfig is in it, under GPT2Config's name where it has one."""
+    """config.json of a model. Every option of GPTConfig is in it, under GPT2Config's name if it has one."""
     fixed = {key: values[0] for key, values in FIXED.items()}
     options = {RENAMED.get(key, key): value for key, value in asdict(config).items()}
     ours = {"architectures": ["GPT2LMHeadModel"], "n_ctx": config.block_size, "tokenizer": tokenizer}
@@ -84,7 +84,7 @@ def check_tokenizer(path: Path, meta: dict):
     """Raise UserError if a model reads other tokens than the data has. OpenAI's models name none: gpt2."""
     found, needed = storage.read_json(path / "config.json").get("tokenizer", "gpt2"), meta["tokenizer"]
     if found != needed:
-        raise UserError(f"{path} reads tokens of {found!r}, the data has those of {needed!r}; prepare different data")
+        raise UserError(f"{path} reads tokens of {found!r}, the data has those of {needed!r}; prepare other data")
 
 
 # ---- weights
@@ -132,7 +132,7 @@ def stored_weights(path: Path) -> dict[str, torch.Tensor]:
     found = {key: hf_layout(key, tensor) for name, tensor in stored if (key := gpt2_key(name))}
     head = found.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, found.get("transformer.wte.weight", head.new_empty(0))):
-        raise UserError(f"{path}: lm_head.weight differs from wte.weight, but config.json says that they are tied")
+        raise UserError(f"{path}: lm_head.weight differs from wte.weight, but config.json says they are tied")
     return found
 
 
@@ -161,7 +161,7 @@ def load_model(name: str | Path, dtype: torch.dtype = torch.float32, dropout: fl
 
 
 def open_model(name: str, meta: dict, dtype: torch.dtype, options: dict, seed: int = 0) -> tuple[GPT, dict]:
-    """The model that a run starts from or is taught by, on the CPU, and its lineage. "scratch": fresh weights.
+    """The model that a run starts from or is taught by, on the CPU, and its lineage. "scratch": fresh ones.
 
     Raises UserError unless it has these model options and reads the tokens of the data.
     """
@@ -175,7 +175,9 @@ def open_model(name: str, meta: dict, dtype: torch.dtype, options: dict, seed: i
     check_tokenizer(path, meta)
     model = load_model(path, dtype, options.get("dropout", 0.0))
     found = asdict(model.config)
-    differ = [f"{key}: checkpoint {found[key]}, settings {value}" for key, value in options.items() if found[key] != value]
+    differ = [
+        f"{key}: checkpoint {found[key]}, settings {options[key]}" for key in options if found[key] != options[key]
+    ]
     if differ:
         raise UserError(f"{path} does not have the expected model options: {'; '.join(differ)}")
     return model, origin(path)
@@ -232,15 +234,15 @@ def load_optimizer(path: Path, model: GPT, optimizer: torch.optim.Optimizer):
 def to_resume(run_dir: Path, resume: bool | str) -> Path | None:
     """The checkpoint that a run resumes from, None for a fresh start. `resume` is True, False or "auto".
 
-    Raises UserError where a fresh start would overwrite a run, and where there is nothing to resume. What the run
-    writes again is dropped: later log lines, and damaged later checkpoints.
+    Raises UserError where a fresh start would overwrite a run, and where there is nothing to resume. Later log
+    lines and damaged later checkpoints are dropped, since the run writes them again.
     """
     found = storage.steps(run_dir)
     if found and not resume:
-        raise UserError(f"{run_dir} holds checkpoints; add --resume to continue it, or choose a different out_dir")
+        raise UserError(f"{run_dir} holds checkpoints; add --resume to continue it, or change out_dir")
     newest = storage.latest(run_dir)
     if newest is None and (found or resume is True):
-        raise UserError(f"no usable checkpoint in {run_dir} ({len(found)} damaged); choose a different out_dir")
+        raise UserError(f"no usable checkpoint in {run_dir} ({len(found)} damaged); change out_dir")
     log, partial = run_dir / "metrics.jsonl", run_dir / ".metrics.jsonl.partial"
     if log.is_file():
         last = int(newest.name.removeprefix("step-")) if newest else -1
@@ -278,7 +280,7 @@ def resume(path: Path, model: GPT, optimizer, scaler, settings: dict, override: 
 
 
 def origin(path: Path) -> dict:
-    """The lineage of what is trained from `path`: its own if it was only inherited, itself if it was trained."""
+    """The lineage of what is trained from `path`: its own if it was only inherited, else itself."""
     lineage = storage.read_json(path / "lineage.json") if (path / "lineage.json").exists() else {}
     if lineage and not (path / "trainer_state.json").exists():
         return lineage
@@ -286,7 +288,7 @@ def origin(path: Path) -> dict:
 
 
 def identity(lineage: dict) -> str | dict:
-    """Identifies a run's starting weights, so that two runs can be compared: "scratch", or hashes and layers."""
+    """Identifies a run's starting weights, so that two runs can be compared: hashes and layers."""
     keys = ("sha256", "layers", "parts", "moments", "top_sha256")
     return {key: lineage[key] for key in keys if key in lineage} or "scratch"
 

@@ -4,8 +4,8 @@
     python train.py config/demo.toml --max_steps=200         # a preset, and one setting that differs from it
     python inheritune.py config/demo.toml --baselines random "random, twice the steps"
 
-tyro makes the command line from the dataclass and checks it. A preset's keys become options in front of the user's,
-so tyro checks them too, and the last one wins. Settings under [inheritune] are read only by inheritune.py.
+tyro makes the command line from the dataclass and checks it. A preset's keys become options in front of the
+user's, so tyro checks them too, and the last one wins. Settings under [inheritune] are read only by inheritune.py.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ import tyro
 class UserError(Exception):
     """Something that the user can fix, in one line: what was found, what was expected, what to do.
 
-    exit_code 2: bad input or configuration. exit_code 1: a failure at run time. Above 128: stopped by a signal.
+    exit_code 2: bad input or configuration. 1: a failure at run time. Above 128: stopped by a signal.
     """
 
     def __init__(self, message: str, exit_code: int = 2):
@@ -32,7 +32,7 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call main(). A UserError is printed as one line on stderr and becomes the exit code, without a traceback."""
+    """Call main(). A UserError is printed as one line on stderr and becomes the exit code."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 prints ? for ±
@@ -50,12 +50,12 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
         sys.exit(128 + signal.SIGPIPE)
 
 
 def may_change(default):
-    """A field of a settings dataclass that may differ when a run is resumed: it does not change what is learned."""
+    """A field of a settings dataclass that may differ on resume: it does not change what is learned."""
     return dataclasses.field(default=default, metadata={"may_change": True})
 
 
@@ -68,7 +68,7 @@ def check_key(key: str, known, where: str):
 
 
 def preset_options(path: Path, known) -> list[str]:
-    """The settings in a preset as command-line options: those at its top and those in the running script's table."""
+    """The settings in a preset as options: those at its top and those in the running script's table."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
@@ -86,9 +86,9 @@ def preset_options(path: Path, known) -> list[str]:
 
 
 def load(cls, argv: list[str] | None = None):
-    """An instance of the dataclass `cls` from its defaults, a preset (a first argument *.toml) and the options.
+    """An instance of the dataclass `cls` from its defaults, a preset (a first argument *.toml) and options.
 
-    Raises UserError for a preset that cannot be read. tyro itself exits with 2 for an option that does not fit.
+    Raises UserError for a bad preset. tyro itself exits with 2 for an option that does not fit.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     hints = typing.get_type_hints(cls)

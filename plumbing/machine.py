@@ -72,7 +72,8 @@ def pick(device_name: str, dtype_name: str, deterministic: bool = False) -> Hard
     mixed = dtype in (torch.bfloat16, torch.float16)
     autocast = torch.autocast(device.type, dtype) if mixed else contextlib.nullcontext()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return Hardware(device, dtype, wide, autocast, f"{device}, {dtype} ({'fastest here' if dtype_name == 'auto' else 'as set'})")
+    reason = f"{device}, {dtype} ({'fastest here' if dtype_name == 'auto' else 'as set'})"
+    return Hardware(device, dtype, wide, autocast, reason)
 
 
 def cpu_capabilities() -> dict:
@@ -96,7 +97,7 @@ def pick_compile(choice: bool | str, device: torch.device, flops: float) -> tupl
     return True, "the run is long"
 
 
-def prepare(models: list[torch.nn.Module], compile_choice: bool | str, flops: float, hardware: Hardware) -> str:
+def prepare(models: list, compile_choice: bool | str, flops: float, hardware: Hardware) -> str:
     """Move models to the device and compile them if that pays. Returns the choices in words."""
     compiled, reason = pick_compile(compile_choice, hardware.device, flops)
     if hardware.device.type == "cpu":
@@ -140,7 +141,7 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def distribute(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """The model, in DDP if there are several processes: its backward pass averages the gradients over them."""
+    """The model, in DDP if there are several processes: then backward averages the gradients over them."""
     if rank_and_world_size()[1] == 1:
         return model
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
@@ -166,7 +167,7 @@ def process_group():
 
 
 def on_rank_0(function, *arguments):
-    """function(*arguments), called by rank 0 while the others wait. Its result, or its UserError, on every rank."""
+    """function(*arguments), called by rank 0 alone. Its result, or its UserError, on every rank."""
     rank, world_size = rank_and_world_size()
     result = [None]
     if rank == 0:
@@ -187,8 +188,8 @@ def on_rank_0(function, *arguments):
 
 
 def check_finite(optimizer, scaler, grad_norm: torch.Tensor, kept: list[Path]):
-    """Wait for the device. Raises UserError, exit code 1, if updates were skipped for a non-finite gradient."""
-    if scaler.get_scale() < 1 if scaler.is_enabled() else optimizer.found_inf:  # the scaler tries smaller scales
+    """Wait for the device. Raises UserError, exit code 1, if updates were skipped: a non-finite gradient."""
+    if scaler.get_scale() < 1 if scaler.is_enabled() else optimizer.found_inf:  # float16 tries smaller scales
         made = int(next(iter(optimizer.state.values()))["step"])  # does not count skipped updates
         raise UserError(
             f"step {made}: non-finite gradient norm ({grad_norm.item()}), no update was made since; "
@@ -201,8 +202,8 @@ stop_signal = 0  # the first signal that asked this process to stop
 
 
 def watch_signals():
-    """From now on a first SIGTERM, SIGINT, SIGHUP or SIGUSR1 is noted, to save and stop. A second ends at once."""
-    watched = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # Slurm sends USR1, a closed laptop HUP
+    """From now on a first signal is noted, to save and stop. A second ends the process at once."""
+    watched = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # HUP: terminal closed; USR1: Slurm
 
     def note(number, _):
         global stop_signal

@@ -3,8 +3,8 @@
     python -c "from plumbing import storage; storage.verify(storage.Path('out/demo/reference/step-00000300'))"
     python -c "from plumbing import storage; print(*storage.read_tensors(storage.resolve('gpt2')), sep='\\n')"
 
-A directory is written under a temporary name, flushed to the disk and renamed, so a directory that has its name is
-complete. manifest.json, written last, holds the size and the sha256 of every other file. Nothing is pickled.
+A directory is written under a temporary name, flushed to the disk and renamed, so one that has its name is complete.
+manifest.json, written last, holds the size and the sha256 of every other file. Nothing is pickled.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ UMASK = os.umask(0o022)
 os.umask(UMASK)  # the only way to read it is to set it
 TOKENIZER_FILES = (  # what travels with the weights
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "generation_config.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )
 
 
@@ -98,8 +98,8 @@ def tensor_files(directory: Path, stem: str = "model") -> list[Path]:
         return [single]
     if not index.is_file():
         raise UserError(
-            f"{single}: not found (pickles such as *.bin and *.pt can run code and are not loaded); save the model "
-            "with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+            f"{single}: not found (pickles such as *.bin and *.pt can run code and are not loaded); save the "
+            "model with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
         )
     return sorted({directory / name for name in read_json(index)["weight_map"].values()})
 
@@ -126,7 +126,7 @@ def hashes(directory: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def publish(path: str | Path):
-    """A directory to fill, which becomes `path` atomically. Raises UserError if `path` exists or the disk refuses."""
+    """A directory to fill, which becomes `path` atomically. UserError if `path` exists or the disk refuses."""
     path = Path(path)
     if path.exists():
         raise UserError(f"{path} exists already; remove it or choose a different place")
@@ -146,7 +146,7 @@ def publish(path: str | Path):
         fsync(path.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} was not written: {reason}; earlier files are untouched", exit_code=1) from error
+        raise UserError(f"{path} was not written: {reason}; earlier files are untouched", 1) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # already renamed if nothing failed
 
@@ -168,7 +168,7 @@ def steps(run_dir: str | Path) -> list[Path]:
 
 
 def latest(run_dir: str | Path) -> Path | None:
-    """The checkpoint of a run with the highest step that verifies. Prints a line for each one that does not."""
+    """The checkpoint of a run with the highest step that verifies. Prints a line for those that do not."""
     for path in reversed(steps(run_dir)):
         try:
             verify(path)
@@ -193,7 +193,7 @@ def prune(run_dir: Path, keep: int, spare: Path):
         try:
             discard(path)
         except OSError as error:
-            print(f"warning: {path} could not be deleted ({error.strerror}); trying again after the next save")
+            print(f"warning: {path} could not be deleted ({error.strerror}); trying again at the next save")
 
 
 class Lock:
@@ -204,12 +204,12 @@ class Lock:
         self.file = FileLock(self.directory / ".lock", timeout=0)
 
     def acquire(self):
-        """Create the directory, lock it, clear what a killed process left. Raises UserError if it is in use."""
+        """Create the directory, lock it, clear what a killed process left. UserError if it is in use."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self.file.acquire()
         except Timeout:
-            raise UserError(f"{self.directory} is in use by another process; wait or choose a different one") from None
+            raise UserError(f"{self.directory} is in use by another process; wait or change it") from None
         except OSError as error:
             raise UserError(f"{self.directory} cannot be written: {error.strerror}") from None
         for leftover in self.directory.iterdir():
@@ -239,7 +239,8 @@ def resolve(name: str | Path) -> Path:
 
     patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES]
     try:
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=patterns, ignore_patterns=["*/*"]))
+        found = huggingface_hub.snapshot_download(str(name), allow_patterns=patterns, ignore_patterns=["*/*"])
+        return Path(found)
     except Exception as error:  # its own errors, OSErrors and those of its HTTP library
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"{name} is no directory here and could not be loaded from the hub ({reason})") from None
+        raise UserError(f"{name} is no directory and could not be loaded from the hub ({reason})") from None

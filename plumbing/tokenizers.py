@@ -1,7 +1,7 @@
-"""Tokenizers by name, and the tokenizer.json that a checkpoint carries for transformers. Both give the same ids.
+"""Tokenizers by name, and the tokenizer.json of a checkpoint for transformers, which gives the same ids.
 
-    python -c "from plumbing.tokenizers import tokenizer; print(tokenizer('bytes').encode_ordinary('def main('))"
-    python -c "import transformers; print(transformers.AutoTokenizer.from_pretrained('out/...').encode('def main('))"
+    python -c "from plumbing.tokenizers import tokenizer; print(tokenizer('bytes').encode_ordinary('def'))"
+    python -c "import transformers as t; print(t.AutoTokenizer.from_pretrained('out/...').encode('def'))"
 """
 
 import functools
@@ -60,7 +60,7 @@ def hf_files(name: str, block_size: int) -> dict[str, dict]:
     try:
         encoding = tokenizer(name if name in ("bytes", "gpt2") else "")
     except UserError:
-        print(f"warning: the checkpoints have no tokenizer.json for {name!r}; name the tokenizer to tools that need it")
+        print(f"warning: the checkpoints have no tokenizer.json for {name!r}; name it to tools that need it")
         return {}
     ranks, letters = encoding._mergeable_ranks, byte_letters()
     spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
@@ -73,7 +73,7 @@ def hf_files(name: str, block_size: int) -> dict[str, dict]:
         # GPT-2's pattern cuts the text into words; without merges there is no need to cut
         "pre_tokenizer": byte_level | {"use_regex": bool(merges)},
         "decoder": byte_level | {"use_regex": False},
-        "model": {"type": "BPE", "vocab": {spelled[token]: ranks[token] for token in ranks}, "merges": merges},
+        "model": {"type": "BPE", "vocab": {spelled[t]: ranks[t] for t in ranks}, "merges": merges},
     }
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,

@@ -303,7 +303,7 @@ def test_a_baseline_is_added_in_five_lines(text, tmp_path, data_dir):
     [
         ({"n_embd": 33}, "33"),
         ({"block_size": 24}, "is not divisible by micro_batch"),
-        ({"warmup_steps": 99}, "a warm-up that ends by step 20"),
+        ({"warmup_steps": 99}, "warmup_steps 99"),
         ({"n_embed": 64}, "n_embed"),
     ],
 )

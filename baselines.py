@@ -3,8 +3,8 @@
     python inheritune.py config/demo.toml --baselines random "lazy layers" stacking
     python -c "import baselines; print(*baselines.baselines(n=24, k=16), sep='\\n')"
 
-n is the reference's number of layers, k the target's. Layers count from 0. An entry says what a model begins with
-and how it is trained. inheritune.py trains it, with the same tokens in the same order as the target.
+n is the reference's number of layers, k the target's. Layers count from 0. An entry says what a model begins
+with and how it is trained. inheritune.py trains it, with the same tokens in the same order as the target.
 """
 
 from dataclasses import dataclass, field
@@ -106,6 +106,6 @@ CLAIMS = [  # of the paper, then ours: text, the model that should be better, th
     ("Growing the trained target beats one round (ours)", "grown from the target", "target"),
     ("Inheriting before the decay beats the paper's schedule (ours)", "inherited, WSD", "target"),
     ("The optimizer's moments are worth inheriting (ours)", "inherited with moments, WSD", "inherited, WSD"),
-    ("WSD beats random, twice the steps (ours)", "inherited with moments, WSD", "random, twice the steps, WSD"),
-    ("WSD beats the reference trained on (ours)", "inherited with moments, WSD", "reference, WSD, trained on"),
+    ("WSD beats random, twice the steps", "inherited with moments, WSD", "random, twice the steps, WSD"),
+    ("WSD beats the reference trained on", "inherited with moments, WSD", "reference, WSD, trained on"),
 ]

@@ -3,8 +3,8 @@
     python prepare_data.py python --out=data/python        # makes a data directory
     python -m data data/python                             # verifies and describes one
 
-A data directory holds train.bin and val.bin (little-endian uint16, or uint32 for a large vocabulary) and meta.json,
-which is written last: if it exists, the preparation was finished.
+A data directory holds train.bin and val.bin (little-endian uint16, or uint32 for a large vocabulary) and
+meta.json, which is written last: if it exists, the preparation was finished.
 
 The order of the training data is a pure function of (seed, step). Nothing is stored to resume it, a rank or a
 micro-batch only takes its slice of it, and all models of a comparison see the same tokens in the same order.
@@ -68,8 +68,8 @@ def open_tokens(data_dir: str | Path, split: str, block_size: int, vocab_size: f
     path, entry = Path(data_dir).expanduser() / f"{split}.bin", meta["splits"][split]
     if entry["max_id"] >= vocab_size or entry["tokens"] < block_size + 1:
         raise UserError(
-            f"{path}: largest token id {entry['max_id']}, {entry['tokens']} tokens; expected ids below vocab_size "
-            f"{vocab_size} and at least {block_size + 1} tokens, block_size + 1; change these or prepare more text"
+            f"{path}: largest token id {entry['max_id']}, {entry['tokens']} tokens; expected ids below "
+            f"vocab_size {vocab_size} and at least {block_size + 1} tokens (block_size + 1)"
         )
     return np.memmap(path, dtype=meta["dtype"], mode="r")
 
@@ -85,7 +85,7 @@ def n_train_windows(n_tokens: int, block_size: int) -> int:
 @functools.lru_cache(maxsize=2)  # a batch may span two epochs
 def epoch_starts(n_tokens: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
     """Where the windows of one epoch start: cut from a random offset into windows of T, in random order."""
-    # RandomState, not default_rng: NumPy promises (NEP 19) that its stream never changes. Resuming relies on it
+    # RandomState, not default_rng: NumPy promises (NEP 19) that its stream never changes
     random = np.random.RandomState([seed, epoch])
     n_windows = n_train_windows(n_tokens, block_size)
     offset = random.randint(min(block_size, n_tokens - n_windows * block_size))
@@ -114,7 +114,7 @@ def accumulation(tokens_per_step: int, micro_batch: int, block_size: int, proces
 
 
 def step_batches(tokens: np.ndarray, config, step: int, rank: int, world_size: int):
-    """Yield one process's micro-batches (x, y), each (B, T), of update `step`, and seed the dropout of each."""
+    """Yield one process's micro-batches (x, y), each (B, T), of a step, and seed the dropout of each."""
     import torch
 
     T = config.block_size

@@ -7,9 +7,9 @@
     python inherit.py --reference=out/half --layers=: --top=out/demo/reference --top_layers=4:6 --out=out/six
 
 --layers lists a source layer for each layer of the target, as Python slices, from 0 and half-open: "0:8,0:8"
-stacks, "::2" takes every other layer, "new" is a fresh layer and "new:15" are fifteen. Embeddings, final norm and
-head are always inherited. It renames tensors and builds no model, so any Hugging Face decoder will do (GPT-2, Llama,
-Qwen, ...). Only fresh tensors need a GPT-2. lineage.json records where each tensor came from.
+stacks, "::2" takes every other layer, "new" is a fresh layer and "new:15" are fifteen. Embeddings, final norm
+and head are always inherited. It renames tensors and builds no model, so any Hugging Face decoder will do (GPT-2,
+Llama, Qwen, ...). Only fresh tensors need a GPT-2. lineage.json records where each tensor came from.
 """
 
 import re
@@ -36,7 +36,7 @@ class InheritConfig:
     reference: str  # a checkpoint, a run directory or a name on the hub
     layers: str  # source layers as slices: 0:12 or ::2 or 0:4,0:4 or : for all; new or new:2 for fresh ones
     out: str  # directory to write
-    parts: str = ""  # GPT-2: comma-separated parts of blocks to take (ln_1, attn, ln_2, mlp); the rest is fresh
+    parts: str = ""  # GPT-2: comma-separated parts of blocks (ln_1, attn, ln_2, mlp); the rest is fresh
     moments: bool = False  # take AdamW's state of the inherited tensors too, for train.py to start with
     top: str = ""  # a second checkpoint of the same width, whose layers go on top of the reference's
     top_layers: str = ""  # which of its layers
@@ -44,7 +44,7 @@ class InheritConfig:
 
 
 def take_layers(names, layers: list[int | None]) -> dict[str, str | None]:
-    """Target tensor -> source tensor, None for a fresh one. Layer i of the target is layers[i] of the source."""
+    """Target tensor -> source tensor, None for a fresh one. Target layer i is source layer layers[i]."""
     # Inheritune step 1 (inherit): embeddings, final norm, head; then the chosen layers (paper, algorithm 1)
     target = {name: name for name in names if not LAYER.match(name)}
     for new, old in enumerate(layers):
@@ -67,8 +67,8 @@ def parse_layers(text: str, n_layer: int) -> list[int | None]:
         chosen = range(start, stop or n_layer, stride or 1) if match and match[2] else range(start, start + 1)
         if not item or not match or not chosen or chosen[-1] >= n_layer or match[4] == "0":
             raise UserError(
-                f"layers {text!r}: {item!r} selects nothing in 0:{n_layer}; expected slices such as 0:12, ::2, 3 "
-                f"or new:2, counted from 0 (the reference has {n_layer} layers)"
+                f"layers {text!r}: {item!r} does not lie in 0:{n_layer}; expected slices of the {n_layer} layers, "
+                "such as 0:12, ::2, 3 or new:2, counted from 0"
             )
         layers += chosen
     return layers
@@ -133,7 +133,7 @@ def inherit(reference, layers, out, parts="", moments=False, top="", top_layers=
     if not set(kept) <= set(BLOCK_PARTS):
         raise UserError(f"parts {parts!r}; expected a comma-separated list of {', '.join(BLOCK_PARTS)}")
     if config.get("scale_attn_by_inverse_layer_idx") and chosen != list(range(len(chosen))):
-        print("warning: layer i of this model divides its attention logits by i + 1; a moved layer computes differently")
+        print("warning: layer i divides its attention logits by i + 1, so a moved layer computes differently")
 
     fresh = {}
     if parts or None in chosen:

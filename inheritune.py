@@ -4,8 +4,8 @@
     python inheritune.py config/demo.toml --out_dir=out/mine --max_steps=600   # any setting of train.py
     torchrun --standalone --nproc_per_node=4 inheritune.py config/demo.toml --micro_batch=8
 
-You can interrupt it at any time. Rerun the same command to resume: complete stages are skipped. All models of one
-seed see the same tokens in the same order, and all are evaluated on the same validation windows.
+You can interrupt it at any time. Rerun the same command to resume: complete stages are skipped. All models of
+one seed see the same tokens in the same order, and all are evaluated on the same validation windows.
 """
 
 from dataclasses import dataclass, field, fields, replace

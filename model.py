@@ -17,14 +17,14 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# On a CPU in bfloat16, matrix products take half the time of the fused kernel. They hold the (T, T) matrices, so from
-# some length on they need too much memory.
+# On a CPU in bfloat16, matrix products take half the time of the fused kernel. They hold the (T, T) matrices,
+# so from some length on they need too much memory.
 PRODUCTS_UP_TO = 512  # T
 
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. The defaults are GPT-2 small as the paper trains it: no biases, padded vocabulary."""
+    """The shape of a model. Defaults: GPT-2 small as the paper trains it, without biases."""
 
     n_layer: int = 12
     n_head: int = 12

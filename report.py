@@ -1,11 +1,10 @@
-"""Tables and figures from what the runs of a recipe left behind: report.md, loss.png, differences.png, rank.png.
+"""Tables and figures of a recipe: report.md, loss.png, differences.png, rank.png.
 
-    python report.py out/demo            # writes out/demo/report.md again, from the checkpoints and metrics in it
+    python report.py out/demo            # writes out/demo/report.md again; inheritune.py ends with it
     python report.py out/mine --animate  # one run trained with --track_rank: its ranks by step and layer
-    python inheritune.py config/demo.toml  # trains all of it and ends with this report
 
-It reads out_dir/recipe.json (written by inheritune.py), each run's metrics.jsonl and last checkpoint, and the results
-of analyze_attention.py. Every checkpoint is verified before it is read.
+It reads out_dir/recipe.json (written by inheritune.py), each run's metrics.jsonl and last checkpoint, and the
+results of analyze_attention.py. Every checkpoint is verified before it is read.
 """
 
 import os
@@ -21,11 +20,11 @@ import data
 from plumbing import checkpoint, configurator, figures, storage
 from plumbing.configurator import UserError
 
-NOTES = """Loss: nats per token, the mean over all validation windows ± its standard error. Difference: loss minus the
-reference's, paired over windows, ± 95% interval. The interval is about other text, not about other seeds. Spread: standard
-deviation over the seeds. Tokens, all: with those of the models that it was inherited from or taught by. FLOPs: 6 for each
-weight and token, and attention. Reached: the share of its own steps after which it had the reference's final loss.
-Latency: one sequence forward on the CPU, relative to the reference."""
+NOTES = """Loss: nats per token, the mean over all validation windows ± its standard error. Difference: loss minus
+the reference's, paired over windows, ± 95% interval, which is about other text, not about other seeds. Spread:
+standard deviation over the seeds. Tokens, all: with those of the models it was inherited from or taught by. FLOPs:
+6 for each weight and token, and attention. Reached: the share of its own steps after which it had the reference's
+final loss. Latency: one sequence forward on the CPU, relative to the reference."""
 
 
 @dataclass
@@ -48,15 +47,15 @@ def window_differences(path: Path, reference: Path) -> np.ndarray:
     """Loss of one model minus loss of the other on every validation window (windows,). Raises UserError."""
     ours, theirs = (storage.read_json(p / "val_losses.json") for p in (path, reference))
     if ours["data"] != theirs["data"] or len(ours["losses"]) != len(theirs["losses"]):
-        raise UserError(f"{path} and {reference} were evaluated on different windows; train them on the same data")
+        raise UserError(f"{path} and {reference} were evaluated on different windows; use the same data")
     return np.array(ours["losses"]) - np.array(theirs["losses"])
 
 
 def paired_difference(paths: list[Path], references: list[Path]) -> tuple[float, float | None]:
     """Mean difference of two models' losses on the same windows, and half its 95% interval, in nats per token.
 
-    One path for each seed, paired with the reference of that seed; the mean over seeds is taken first. Pairing removes
-    what makes a window hard for both models. One window gives no interval.
+    One path per seed, paired with that seed's reference; the mean over seeds comes first. Pairing removes what makes
+    a window hard for both models. One window gives no interval.
     """
     pairs = zip(paths, references, strict=False)  # a baseline may have fewer seeds
     differences = np.mean([window_differences(*pair) for pair in pairs], axis=0)  # (windows,)
@@ -76,14 +75,14 @@ def verdict(difference: float, interval: float | None, tolerance: float) -> str:
 
 def curve(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and validation loss of every evaluation, the mean over the seeds' runs."""
-    runs = [{x["tokens"]: x["val_loss"] for x in storage.read_log(p.parent / "metrics.jsonl") if "val_loss" in x}
-            for p in paths]
+    logs = [storage.read_log(path.parent / "metrics.jsonl") for path in paths]
+    runs = [{line["tokens"]: line["val_loss"] for line in log if "val_loss" in line} for log in logs]
     tokens = sorted(set.intersection(*map(set, runs)))
     return np.array(tokens), np.array([np.mean([run[t] for run in runs]) for t in tokens])
 
 
 def spent(model: dict, recipe: dict, out_dir: Path) -> dict | None:
-    """Tokens and FLOPs of the first seed's model and of all that it was made from. None if a part is unknown."""
+    """Tokens and FLOPs of the first seed's model and of all it was made from. None if one is unknown."""
     of_run = {str(Path(path).parent): m for m in recipe["models"] for path in m["paths"]}
     open_paths, runs = [model["paths"][0]], {}
     while open_paths:
@@ -128,7 +127,8 @@ def rows_of(recipe: dict, out_dir: Path) -> list[dict]:
             latencies[str(config)] = latency(paths[0], references[0])
         rows.append({
             "name": model["name"], "role": model["role"], "paths": paths, "n_layer": config.n_layer,
-            "n_params": config.num_params(), "own_tokens": state["tokens"], "spent": spent(model, recipe, out_dir),
+            "n_params": config.num_params(), "own_tokens": state["tokens"],
+            "spent": spent(model, recipe, out_dir),
             "loss": float(losses.mean()), "error": data.mean_and_error(losses.mean(0))[1], "each": each,
             "difference": difference, "interval": interval, "curve": (tokens, values),
             "spread": float(np.std(each if rows else losses.mean(1), ddof=1)) if len(paths) > 1 else None,
@@ -146,7 +146,8 @@ def table(cells: list[list[str]]) -> str:
     """A Markdown table whose columns line up in a terminal too. The first row is the heading."""
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = [cells[0], ["-" * width for width in widths], *cells[1:]]
-    return "\n".join(f"| {' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True))} |" for row in lines)
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
 
 
 def plus_minus(difference: float, interval: float | None) -> str:
@@ -160,7 +161,8 @@ def comparison(rows: list[dict]) -> str:
     for row in rows:
         cost, reached = row["spent"], row["reached"]
         cells.append([
-            row["name"], str(row["n_layer"]), f"{row['n_params'] / 1e6:.2f} M", f"{row['own_tokens'] / 1e6:.2f} M",
+            row["name"], str(row["n_layer"]), f"{row['n_params'] / 1e6:.2f} M",
+            f"{row['own_tokens'] / 1e6:.2f} M",
             f"{cost['tokens'] / 1e6:.2f} M" if cost else "?", f"{cost['flops']:.2e}" if cost else "?",
             f"{row['loss']:.4f} ± {row['error']:.4f}", plus_minus(row["difference"], row["interval"]),
             f"{row['spread']:.4f}, {len(row['paths'])}" if row["spread"] is not None else "one seed",
@@ -196,9 +198,9 @@ def attention_table(results: dict[str, dict]) -> str:
     cells = [["", *columns]]
     depth = max(len(result["layers"]) for result in columns.values())
     for i in range(depth):
-        ranks = [f"{r['layers'][i]['max_rank']:.2f}" if i < len(r["layers"]) else "" for r in columns.values()]
-        cells.append([f"MaxRank, layer {i}", *ranks])
-    for text, key in (("lazy layers, floor(MaxRank) = 1", "lazy"), ("lazy layers, MaxRank = 1", "strictly_lazy")):
+        rows = [result["layers"][i : i + 1] for result in columns.values()]
+        cells.append([f"MaxRank, layer {i}", *(f"{row[0]['max_rank']:.2f}" if row else "" for row in rows)])
+    for text, key in (("lazy, floor(MaxRank) = 1", "lazy"), ("lazy, MaxRank = 1", "strictly_lazy")):
         cells.append([text, *(str(sum(row[key] for row in r["layers"])) for r in columns.values())])
     cells.append(["heads near rank one", *(f"{r['near_rank_one']:.0%}" for r in columns.values())])
     return table(cells)
@@ -219,7 +221,7 @@ def report_run(run_dir: Path, animate: bool) -> str:
 
 
 def report(out_dir: str | Path, animate: bool = False) -> str:
-    """Write report.md and its figures. Returns the tables as text. Raises UserError, 1 where the disk refuses."""
+    """Write report.md and its figures. Returns the tables as text. Raises UserError."""
     out_dir = Path(out_dir)
     if (out_dir / "metrics.jsonl").is_file():  # one run, not a recipe
         return report_run(out_dir, animate)
@@ -234,7 +236,8 @@ def report(out_dir: str | Path, animate: bool = False) -> str:
     }
     states = [checkpoint.read_state(path) for row in rows for path in row["paths"]]
     first, made_by = attention["reference"], states[0]["versions"]
-    commits, seeds = ({str(s[part][key]) for s in states} for part, key in (("versions", "commit"), ("settings", "seed")))
+    commits = ", ".join(sorted({state["versions"]["commit"] for state in states}))
+    seeds = ", ".join(sorted({str(state["settings"]["seed"]) for state in states}))
     sections = [comparison(rows), claims(rows, recipe), attention_table(attention)]
     text = f"""# {out_dir.name}
 
@@ -248,7 +251,7 @@ def report(out_dir: str | Path, animate: bool = False) -> str:
 
 ## Attention
 
-T = {first["T"]}, tau = {first["tau"][0]}, {first["sequences"]} sequences. Rank and mass: paper, section 2 and appendix C.
+T = {first["T"]}, tau = {first["tau"][0]}, {first["sequences"]} sequences. MaxRank: paper, section 2.
 
 {sections[2]}
 
@@ -260,8 +263,8 @@ T = {first["T"]}, tau = {first["tau"][0]}, {first["sequences"]} sequences. Rank 
 
 ![difference to the reference of every model](differences.png)
 
-Commit {", ".join(sorted(commits))}; seeds {", ".join(sorted(seeds))}; python {made_by["python"]}, torch {made_by["torch"]},
-{made_by["device"]}. Command: `python {made_by["command"]}`
+Commit {commits}; seeds {seeds}; python {made_by["python"]}, torch {made_by["torch"]}, {made_by["device"]}.
+Command: `python {made_by["command"]}`
 """
     tables = "\n\n".join(sections)
     try:
@@ -272,7 +275,7 @@ Commit {", ".join(sorted(commits))}; seeds {", ".join(sorted(seeds))}; python {m
         figures.plot_differences(rows, out_dir / "differences.png")
         figures.plot_ranks(attention, out_dir / "rank.png")
     except OSError as error:
-        raise UserError(f"{tables}\n{out_dir}: {error.strerror}; free space on the disk", exit_code=1) from None
+        raise UserError(f"{tables}\n{out_dir}: {error.strerror}; free space on the disk", 1) from None
     return f"\n{tables}\n\nreport: {out_dir}/report.md"
 
 

@@ -6,8 +6,8 @@
     python train.py config/demo.toml --out_dir=out/student --n_layer=4 --teacher=out/mine    # distillation
     python train.py --init_from=out/mine --data_dir=data/demo --eval_only  # its validation loss
 
-It writes checkpoints (out_dir/step-*/) and out_dir/metrics.jsonl. A step is one update of the weights. After the
-last of max_steps the weights are evaluated and saved.
+It writes checkpoints (out_dir/step-*/) and out_dir/metrics.jsonl. A step is one update of the weights. After
+the last of max_steps the weights are evaluated and saved.
 """
 
 import functools
@@ -44,7 +44,7 @@ class TrainConfig(ModelOptions):
     out_dir: str = may_change("out/run")  # checkpoints and metrics
     data_dir: str = may_change("data/python")  # made by prepare_data.py; its tokens may not change
     init_from: str = may_change("scratch")  # or a checkpoint, a run directory or a name on the hub
-    resume: Literal["auto", True, False] = may_change(False)  # from the latest checkpoint; auto: if there is one
+    resume: Literal["auto", True, False] = may_change(False)  # the latest checkpoint; auto: if any
     override: str = may_change("")  # comma-separated settings allowed to differ on resume
     eval_only: bool = may_change(False)  # print the validation loss of init_from and stop
 
@@ -141,16 +141,16 @@ def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW (paper, appendix F), one kernel for all parameters."""
     groups = model.param_groups(config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
-    optimizer.found_inf = torch.zeros((), device=next(model.parameters()).device)  # 1: the kernel does nothing
+    optimizer.found_inf = torch.zeros((), device=next(model.parameters()).device)  # 1: no update
     return optimizer
 
 
-def train_step(model, optimizer, scaler, grad_clip, loss_of, batches, accumulation: int, mark=lambda part: None):
+def train_step(model, optimizer, scaler, grad_clip, loss_of, batches, accumulation, mark=lambda part: None):
     """One update on `accumulation` micro-batches (x, y). Returns (loss, gradient norm), on the device.
 
     loss_of(x, y, is_last) is a mean over tokens. mark(part) is called after each part: bench.py times them.
-    Once a gradient norm is non-finite, this and all later updates are skipped by the optimizer's kernel, so that
-    the CPU need not wait for the device at each step. With a GradScaler (float16) only that one is skipped.
+    Once a gradient norm is non-finite, this and all later updates are skipped by the optimizer's kernel, so the
+    CPU need not wait for the device at each step. With a GradScaler (float16) only that one is skipped.
     """
     total = 0.0
     for i, (x, y) in enumerate(batches, start=1):
@@ -173,9 +173,9 @@ def train_step(model, optimizer, scaler, grad_clip, loss_of, batches, accumulati
 
 @torch.no_grad()
 def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast, may_stop=False):
-    """Loss of every validation window, in nats per token: float64 (windows,), for any batch the same to rounding.
+    """Loss of every validation window, in nats per token: float64 (windows,). Any batch gives the same numbers.
 
-    Each process evaluates its share of the windows and gets all results. None if it may_stop and a signal came.
+    Each process evaluates its share and gets all results. None if it may_stop and a signal came.
     """
     rank, world_size = machine.rank_and_world_size()
     T = model.config.block_size
@@ -199,7 +199,7 @@ def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast,
     return losses.numpy()
 
 
-def save(config: TrainConfig, meta: dict, model, optimizer, scaler, state: dict, lineage: dict, losses) -> Path:
+def save(config: TrainConfig, meta: dict, model, optimizer, scaler, state: dict, lineage: dict, losses):
     """Publish a checkpoint with all that resuming needs, and delete older ones. Returns its path."""
     path, device = Path(config.out_dir) / f"step-{state['step']:08d}", next(model.parameters()).device
     state |= {"scaler": scaler.state_dict(), "settings": asdict(config), "versions": machine.versions(device)}
@@ -244,8 +244,8 @@ def loop(config: TrainConfig) -> Path:
     hardware, meta, model, teacher, lineages = set_up(config)
     config = replace(config, dtype=str(hardware.dtype), **asdict(model.config))  # no None and no "auto"
     device, T, out_dir = hardware.device, config.block_size, Path(config.out_dir)
-    open_tokens = functools.partial(data.open_tokens, config.data_dir, block_size=T, vocab_size=config.vocab_size)
-    train_tokens, val_tokens = open_tokens("train"), open_tokens("val")
+    train_tokens = data.open_tokens(config.data_dir, "train", T, config.vocab_size)
+    val_tokens = data.open_tokens(config.data_dir, "val", T, config.vocab_size)
     rank, world_size = machine.rank_and_world_size()
     accumulation = data.accumulation(config.tokens_per_step, config.micro_batch, T, world_size)
     optimizer = make_optimizer(model, config)
@@ -308,7 +308,7 @@ def loop(config: TrainConfig) -> Path:
                     import analyze_attention  # imported where it is used: training needs none of it
 
                     log(counts | analyze_attention.track(model, val_tokens))
-                machine.say(f"  step {step:6,} of {config.max_steps:,}: val loss {val_loss:.4f} ± {error:.4f}")
+                machine.say(f"  step {step} of {config.max_steps}: val loss {val_loss:.4f} ± {error:.4f}")
                 evaluated_at = step
 
         # ---- checkpoint, and the end of the run

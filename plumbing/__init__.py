@@ -1,1 +1,1 @@
-"""What is no part of the paper: settings, files, checkpoints, machine, tokenizers, other decoders, figures."""
+"""What is not the paper: settings, files, checkpoints, machine, tokenizers, other decoders, figures."""

@@ -203,7 +203,7 @@ stop_signal = 0  # the first signal that asked this process to stop
 
 def watch_signals():
     """From now on a first signal is noted, to save and stop. A second ends the process at once."""
-    watched = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # HUP: terminal closed; USR1: Slurm
+    watched = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # Slurm: USR1
 
     def note(number, _):
         global stop_signal

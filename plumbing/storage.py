@@ -3,8 +3,8 @@
     python -c "from plumbing import storage; storage.verify(storage.Path('out/demo/reference/step-00000300'))"
     python -c "from plumbing import storage; print(*storage.read_tensors(storage.resolve('gpt2')), sep='\\n')"
 
-A directory is written under a temporary name, flushed to the disk and renamed, so one that has its name is complete.
-manifest.json, written last, holds the size and the sha256 of every other file. Nothing is pickled.
+A directory is written under a temporary name, flushed to the disk and renamed, so one that has its name is
+complete. manifest.json, written last, holds the size and sha256 of every other file. Nothing is pickled.
 """
 
 import contextlib
@@ -126,7 +126,7 @@ def hashes(directory: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def publish(path: str | Path):
-    """A directory to fill, which becomes `path` atomically. UserError if `path` exists or the disk refuses."""
+    """A directory to fill, which becomes `path` atomically. UserError if it exists or the disk refuses."""
     path = Path(path)
     if path.exists():
         raise UserError(f"{path} exists already; remove it or choose a different place")

@@ -21,10 +21,8 @@ from plumbing.configurator import UserError
 # ---- The definitions, word for word and independent of the project's code
 
 
-def independent(
-    path, val_bytes: np.ndarray, ours: bool, T: int = 100, N: int = 100, tau: float = 0.9, seed: int = 0
-):
-    """Rank, m* and sink {name: (L, H)}, means over N sequences, by output_attentions and svdvals; how many ties."""
+def independent(path, val_bytes: np.ndarray, ours: bool, T=100, N=100, tau=0.9, seed=0):
+    """Rank, m* and sink {name: (L, H)}, means over N sequences; N; how many ties at tau."""
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
     own, tokens, begin = transformers.AutoTokenizer.from_pretrained(path), val_bytes.tolist(), []
@@ -137,7 +135,7 @@ def test_matrices_of_known_rank_and_mass(T):
 
 
 def test_the_mean_over_sequences_comes_before_the_maximum_over_heads():
-    """Head 0 has rank 2 on one sequence, head 1 on the other. Max first: 2 on each, not lazy. The paper: 1.5, lazy."""
+    """Each head has rank 2 on one of two sequences. Max first: 2, not lazy. The paper: 1.5, lazy."""
     ranks = np.array([[1.0, 2.0], [2.0, 1.0]])  # (H, S)
     values = {0: {m.name: ranks for m in MEASURES}}
     (row,) = analyze_attention.summarize(values, MEASURES, [])["layers"]
@@ -145,9 +143,12 @@ def test_the_mean_over_sequences_comes_before_the_maximum_over_heads():
     assert ranks.max(0).mean() == 2
 
 
-def test_the_error_band_is_the_winning_head_s():
+def test_the_error_is_that_of_the_winning_head_or_of_the_mean_head():
     values = np.array([[1.0, 9.0, 1.0], [6.0, 7.0, 8.0]])  # means 11/3 and 7
     assert analyze_attention.over_heads(values, "max") == (7.0, pytest.approx(1 / 3**0.5))
+    of_sequences = values.mean(0)  # what varies between sequences, not between heads
+    expected = of_sequences.mean(), of_sequences.std(ddof=1) / 3**0.5
+    assert analyze_attention.over_heads(values, "mean") == pytest.approx(expected)
 
 
 def layers(*lazy, n_layer=None) -> dict:

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 import data
-from analyze_attention import AnalyzeConfig, analyze, print_table, stored, suggested_layers
+from analyze_attention import AnalyzeConfig, analyze, stored, suggested_layers
 from baselines import CLAIMS, Baseline, baselines
 from inherit import inherit, lineage_of
 from model import GPT, GPTConfig
@@ -154,11 +154,7 @@ def measure(config: RecipeConfig, model: Path) -> dict:
         str(model), out=str(model.parent / "attention"), data_dir=config.data_dir, sequences=config.sequences,
         device=config.device,
     )
-    result = stored(settings)
-    if result is None:
-        result = analyze(settings)
-        print_table(result)
-    return result
+    return stored(settings) or analyze(settings)
 
 
 def recipe(config: RecipeConfig):

@@ -18,7 +18,8 @@ from plumbing.configurator import UserError
 
 SHAPE = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "max_position_embeddings": 128, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0,
+    "num_attention_heads": 4, "max_position_embeddings": 128, "initializer_range": 0.3,
+    "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
 FAMILIES = {
     "Llama": {"num_key_value_heads": 2}, "Qwen3": {"num_key_value_heads": 2, "head_dim": 8}, "GPTNeoX": {},
@@ -70,7 +71,8 @@ def test_the_matrices_are_the_family_s_own_output_attentions(family):
     with torch.no_grad():
         own = model(idx, output_attentions=True).attentions
     assert list(found) == [0, 1, 2] and decoders.n_layer(model) == 3
-    assert all(torch.equal(found[layer], matrices) for layer, matrices in enumerate(own))
+    for layer, matrices in enumerate(own):
+        torch.testing.assert_close(found[layer], matrices)
 
 
 @pytest.mark.parametrize("family", ["Llama", "ours"])

@@ -1,4 +1,4 @@
-"""plumbing/fast_rank.py equals the definition, k_star, and proves low ranks without a spectrum."""
+"""plumbing/fast_rank.py equals the definition, k_star,."""
 
 import math
 
@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analyze_attention import k_star
-from plumbing import fast_rank as module
-from plumbing.fast_rank import fast_rank, proven_rank
+from plumbing.fast_rank import fast_rank
 
 
 def random_attention(T: int, sharpness: float, seed: int, heads: int = 3, sink: float = 0.0) -> torch.Tensor:
@@ -44,33 +43,11 @@ def test_fast_rank_equals_the_definition(T, sharpness, sink, seed, tau):
     assert torch.equal(fast_rank(attention, tau), k_star(attention, tau))
 
 
-@settings(max_examples=60)
-@given(
-    energies=st.lists(st.floats(0, 1), min_size=70, max_size=70),
-    seed=st.integers(0, 99),
-    tau=st.floats(0.05, 0.99),
-)
-def test_what_a_subspace_proves_is_the_rank_whatever_the_spectrum(energies, seed, tau):
-    """The bounds hold for any orthonormal Q, so a proof is never wrong; a hard spectrum only leaves it unproven."""
-    generator = torch.Generator().manual_seed(seed)
-    left, right = (torch.linalg.qr(torch.randn(70, 70, generator=generator)).Q for _ in range(2))
-    matrix = left * torch.tensor([9.0, *energies[1:]]).sqrt() @ right
-    found = proven_rank((matrix.mT @ matrix)[None], tau).item()
-    assert found in (0, k_star(matrix, tau).item())
-
-
-def test_collapsed_heads_are_proven_without_their_spectrum(monkeypatch):
-    attention = torch.cat(
-        [random_attention(100, 1, seed, sink=3 + seed / 2) for seed in range(5)]
-    )  # (5, 3, 100, 100)
-    expected = k_star(attention)
+def test_heads_collapsed_to_one_column_need_no_spectrum(monkeypatch):
+    attention = torch.cat([random_attention(100, 1, 0, sink=12), random_attention(100, 1, 1)])  # (2, 3, 100, 100)
     batches, eigvalsh = [], torch.linalg.eigvalsh
-    monkeypatch.setattr(
-        torch.linalg, "eigvalsh", lambda G: batches.append((len(G), G.shape[-1])) or eigvalsh(G)
-    )
-    assert torch.equal(fast_rank(attention), expected) and 1 < expected.max() <= 8
-    tried, whole = (sum(n for n, size in batches if size == T) for T in (module.WIDTH, 100))
-    assert whole < tried < 15  # some need not even a subspace, most of the others no spectrum
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda G: batches.append(len(G)) or eigvalsh(G))
+    assert torch.equal(fast_rank(attention), k_star(attention)) and batches == [3]
 
 
 def test_the_order_of_heads_and_sequences_does_not_matter():

@@ -67,7 +67,7 @@ def test_the_layers_of_the_paper_s_distillation_baseline_are_written_as_slices()
     ["", "0:9", "8", "4:4", "5:2", "-1", "-2:", "0:4:0", "a", "0:4,", "1.5", "0:1:2:3", "new:0", "new:", "news"],
 )
 def test_an_impossible_selection_is_refused(text):
-    with pytest.raises(UserError, match="layers '.*expected slices such as"):
+    with pytest.raises(UserError, match="layers"):
         inherit.parse_layers(text, 8)
 
 
@@ -232,7 +232,7 @@ def test_a_layer_that_moves_under_the_inverse_layer_scale_is_warned_about(tmp_pa
     inherit.inherit(tmp_path / "s", "0:2", tmp_path / "first")
     assert "warning" not in capsys.readouterr().out
     inherit.inherit(tmp_path / "s", "1:3", tmp_path / "last")
-    assert "warning: this model divides the attention logits of layer i by i + 1" in capsys.readouterr().out
+    assert "so a moved layer computes differently" in capsys.readouterr().out
 
 
 def test_a_config_that_lies_about_its_layers_is_refused(source, tmp_path):

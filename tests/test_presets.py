@@ -11,9 +11,11 @@ from dataclasses import replace
 import pytest
 from conftest import ROOT
 
-from plumbing import configurator
-from inheritune import Arm, RecipeConfig
+import inheritune
+from baselines import Baseline
+from inheritune import RecipeConfig
 from model import GPTConfig
+from plumbing import configurator
 from train import TrainConfig
 
 PRESETS = sorted(path.stem for path in (ROOT / "config").glob("*.toml"))
@@ -46,10 +48,17 @@ def test_every_preset_loads_for_both_scripts(preset, script, monkeypatch):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+def test_every_model_of_a_preset_can_be_built(preset, monkeypatch):
+    config = load(preset, "inheritune", monkeypatch)
+    inheritune.check(config)
+    assert {"random", "random, twice the steps"} <= {*config.baselines}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_holds_only_what_differs_from_the_defaults(preset):
     table = tomllib.loads((ROOT / f"config/{preset}.toml").read_text())
     own = table.pop("inheritune")
-    values = table | {key: value for key, value in own.items() if key not in ("arms", "start_layers", "expand_by")}
+    values = table | {key: value for key, value in own.items() if key not in ("start_layers", "expand_by")}
     same = [key for key, value in values.items() if RecipeConfig.__dataclass_fields__[key].default == value]
     same += [key for key, value in table.items() if key != "n_layer" and getattr(GPTConfig, key, None) == value]
     assert same == []
@@ -93,13 +102,15 @@ def test_the_hours_in_a_script_s_header_follow_from_the_flops(name, monkeypatch)
     assert "ESTIMATED, not measured" in script and f"{config.tokens_per_step:,} tokens x steps" in script
     number = r"\s+([\d.e+]+)"
     rows = re.findall(rf"^#   (\w[^#\n]*?)\s+(\d+)\s+(\d+){number * 4}$", script, flags=re.MULTILINE)
-    total, arms = 0.0, {arm.name: arm for arm in config.arms}
+    k = int([row for row in rows if row[0].startswith("inherited")][-1][1])  # of the last round in the table
+    total, baselines = 0.0, inheritune.wanted(config.baselines, config.n, k)
     for row_name, layers, steps, per_token, flops, *hours in rows:
-        arm = arms.get(row_name, Arm(row_name))
-        model = replace(gpt_config(config), n_layer=int(layers), **arm.settings)
-        a_token = model.flops_per_token() + bool(arm.teacher) * gpt_config(config).flops_per_token() // 3
+        baseline = baselines.get(row_name, Baseline(n_layer=int(layers)))
+        assert int(layers) == (baseline.n_layer or len(baseline.layers) + len(baseline.top_layers)), row_name
+        model = replace(gpt_config(config), n_layer=int(layers))
+        a_token = model.flops_per_token() + bool(baseline.teacher) * gpt_config(config).flops_per_token() // 3
         expected = a_token * config.tokens_per_step * int(steps)
-        assert int(steps) == arm.steps * config.max_steps
+        assert int(steps) == baseline.steps * config.max_steps
         assert float(per_token) == pytest.approx(a_token, rel=0.01)
         assert float(flops) == pytest.approx(expected, rel=0.01)
         for found, peak in zip(hours, PEAK.values(), strict=True):
@@ -112,9 +123,9 @@ def test_the_hours_in_a_script_s_header_follow_from_the_flops(name, monkeypatch)
     assert [float(h) * int(n) for h, n in zip(summary[::2], summary[1::2], strict=True)] == pytest.approx(
         expected[1:], rel=0.1
     )
-    # a line for the reference, for the round that the preset begins with, and for each of its arms
+    # a line for the reference, for each round of the paper, and for each baseline and what it begins with
     assert int(rows[0][1]) == config.n_layer and int(rows[1][1]) == config.start_layers
-    assert [row[0] for row in rows[-len(config.arms) :]] == [arm.name for arm in config.arms]
+    assert [row[0] for row in rows[-len(baselines) :]] == list(baselines)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "runs").glob("*.sh")), ids=lambda path: path.name)

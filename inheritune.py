@@ -23,7 +23,7 @@ from plumbing import checkpoint, configurator, machine, storage
 from plumbing.configurator import UserError
 from plumbing.machine import on_rank_0
 from report import paired_difference, report, verdict
-from train import TrainConfig, train
+from train import TrainConfig, stable_steps, train
 
 
 @dataclass
@@ -108,16 +108,18 @@ def check(config: RecipeConfig):
 
 
 class Models:
-    """The models of one seed: those trained so far, by name, as the directories of their runs."""
+    """The models of one seed: those trained so far, by name, with their directories and settings."""
 
     def __init__(self, config: RecipeConfig, seed: int):
         self.config, self.seed = config, seed
         self.out_dir = Path(config.out_dir) / f"seed-{seed}" if config.seeds else Path(config.out_dir)
-        self.runs: dict[str, Path] = {}
+        self.runs: dict[str, tuple[Path, TrainConfig]] = {}
 
     def find(self, name: str, stable: bool = False) -> Path:
         """The checkpoint to inherit from or to distill."""
-        return checkpoint.last_stable(self.runs[name]) if stable else storage.latest(self.runs[name])
+        run_dir, settings = self.runs[name]
+        path = run_dir / f"step-{stable_steps(settings):08d}" if stable else storage.latest(run_dir)
+        return storage.resolve(path)
 
     def make(self, name: str, model: Baseline, directory: str) -> tuple[Path, list[Path]]:
         """Inherit (step 1) and train (step 2) a model unless that is done. Its checkpoint, and its sources."""
@@ -134,7 +136,7 @@ class Models:
             sources.append(self.find(model.teacher))
             settings = replace(settings, teacher=str(sources[-1]))
         path = train(settings)
-        self.runs[name] = out_dir
+        self.runs[name] = out_dir, settings
         return path, sources
 
 

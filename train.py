@@ -10,6 +10,7 @@ It writes checkpoints (out_dir/step-*/) and out_dir/metrics.jsonl. A step is one
 the last of max_steps the weights are evaluated and saved.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -313,8 +314,8 @@ def loop(config: TrainConfig) -> Path:
 
         # ---- checkpoint, and the end of the run
         if to_save or stop and step > start_step:
-            state = counts | {"flops": counts["tokens"] * flops_per_token, "evaluated_at": evaluated_at,
-                              "stable": step <= stable, "made_from": made_from}
+            state = counts | {"flops": counts["tokens"] * flops_per_token, "evaluated_at": evaluated_at}
+            state["made_from"] = made_from
             losses = losses if evaluated_at == step else None
             path = save(config, meta, model, optimizer, scaler, state, lineages["init_from"], losses)
         if stop:
@@ -339,12 +340,9 @@ def loop(config: TrainConfig) -> Path:
 
 def train(config: TrainConfig) -> Path:
     """Train with out_dir locked. Returns the last checkpoint. Raises UserError, also after a signal."""
-    lock = storage.Lock(config.out_dir)
-    machine.on_rank_0(lock.acquire)
-    try:
+    is_first = machine.rank_and_world_size()[0] == 0
+    with storage.lock(config.out_dir) if is_first else contextlib.nullcontext():
         return loop(config)
-    finally:
-        lock.release()
 
 
 def evaluate_only(config: TrainConfig):

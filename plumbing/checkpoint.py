@@ -293,11 +293,3 @@ def identity(lineage: dict) -> str | dict:
     """Identifies a run's starting weights, so that two runs can be compared: hashes and layers."""
     keys = ("sha256", "layers", "parts", "moments", "top_sha256")
     return {key: lineage[key] for key in keys if key in lineage} or "scratch"
-
-
-def last_stable(run_dir: Path) -> Path:
-    """The newest checkpoint of a "wsd" run from before its rate began to decay. Raises UserError."""
-    for path in reversed(storage.steps(run_dir)):
-        if read_state(path).get("stable"):
-            return storage.resolve(path)
-    raise UserError(f"{run_dir} keeps no checkpoint from before the decay; train it with --schedule=wsd")

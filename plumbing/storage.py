@@ -196,28 +196,28 @@ def prune(run_dir: Path, keep: int, spare: Path):
             print(f"warning: {path} could not be deleted ({error.strerror}); trying again at the next save")
 
 
-class Lock:
-    """Holds a directory against other processes. The system releases it when this process dies."""
+@contextlib.contextmanager
+def lock(directory: str | Path):
+    """Hold a directory against other processes, and clear what a killed one left. Raises UserError if it is in use.
 
-    def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
-        self.file = FileLock(self.directory / ".lock", timeout=0)
-
-    def acquire(self):
-        """Create the directory, lock it, clear what a killed process left. UserError if it is in use."""
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self.file.acquire()
-        except Timeout:
-            raise UserError(f"{self.directory} is in use by another process; wait or change it") from None
-        except OSError as error:
-            raise UserError(f"{self.directory} cannot be written: {error.strerror}") from None
-        for leftover in self.directory.iterdir():
+    The system releases the lock when its process dies.
+    """
+    directory = Path(directory).expanduser()
+    held = FileLock(directory / ".lock", timeout=0)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        held.acquire()
+    except Timeout:
+        raise UserError(f"{directory} is in use by another process; wait, or choose a different one") from None
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror}") from None
+    try:
+        for leftover in directory.iterdir():
             if re.match(r"\.(tmp|trash)-(step-\d{8}|init)\b", leftover.name):
                 shutil.rmtree(leftover, ignore_errors=True)
-
-    def release(self):
-        self.file.release()
+        yield
+    finally:
+        held.release()
 
 
 def resolve(name: str | Path) -> Path:

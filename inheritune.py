@@ -56,7 +56,7 @@ class RecipeConfig(TrainConfig):
                 f"start_layers {self.first_k}, expand_by {self.expand_by}; expected 1 to {self.n}, at least 1"
             )
         if self.inherit_from == "stable" and self.schedule != "wsd":
-            raise UserError('inherit_from is stable, which needs the checkpoint before a decay; set schedule to "wsd"')
+            raise UserError('inherit_from is stable, which needs a decay; set schedule to "wsd"')
         if self.init_from != "scratch" or self.eval_only or self.override or self.teacher:
             raise UserError("init_from, eval_only, override and teacher are for train.py, not for the recipe")
 
@@ -98,12 +98,13 @@ def check(config: RecipeConfig):
         try:
             settings = train_config(config, model, config.seed, Path(config.out_dir))
             n_layer = model.n_layer or len(model.layers) + len(model.top_layers)
-            options = {f.name: value for f in fields(GPTConfig) if (value := getattr(settings, f.name)) is not None}
+            options = {f.name: getattr(settings, f.name) for f in fields(GPTConfig)}
+            options = {key: value for key, value in options.items() if value is not None}
             with torch.device("meta"):
                 shape = GPT(GPTConfig(**options | {"n_layer": n_layer})).config
             processes = machine.rank_and_world_size()[1]
             data.accumulation(settings.tokens_per_step, settings.micro_batch, shape.block_size, processes)
-        except (ValueError, TypeError, UserError) as error:  # TypeError: a setting that train.py does not have
+        except (ValueError, TypeError, UserError) as error:  # TypeError: no such setting
             raise UserError(f"{name}: {error}") from None
 
 

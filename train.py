@@ -85,11 +85,10 @@ class TrainConfig(ModelOptions):
         for key in ("tokens_per_step", "max_steps", "micro_batch", "eval_interval", "save_interval"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key} is {getattr(self, key)}, expected at least 1")
-        if not (0 <= self.min_lr <= self.lr and self.warmup_steps <= (stable_steps(self) or self.max_steps)):
-            raise UserError(
-                f"found min_lr {self.min_lr}, lr {self.lr}, warmup_steps {self.warmup_steps}, max_steps "
-                f"{self.max_steps}; expected 0 <= min_lr <= lr and a warm-up that ends before decay and run"
-            )
+        end = stable_steps(self) or self.max_steps
+        if not (0 <= self.min_lr <= self.lr and self.warmup_steps <= end):
+            found = f"min_lr {self.min_lr}, lr {self.lr}, warmup_steps {self.warmup_steps}"
+            raise UserError(f"{found}; expected 0 <= min_lr <= lr and a warm-up of at most {end} steps")
 
 
 # ---- what a step is made of: schedule, loss, update
@@ -103,10 +102,7 @@ def stable_steps(config: TrainConfig) -> int:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Rate of update `step`, counted from 0: a linear warm-up to lr, then the schedule down to min_lr.
-
-    "cosine": half a cosine (paper, appendix F). "wsd": warm-up, stable, linear decay (arXiv 2405.18392).
-    """
+    """Rate of update `step`, from 0: warm-up, then a cosine (appendix F) or, for wsd, stable and linear decay."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     start = stable_steps(config) or config.warmup_steps
@@ -116,14 +112,12 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def distillation_loss(logits, targets, teacher_logits, alpha: float, tau: float):
-    """alpha * cross-entropy + (1 - alpha) * tau^2 * KL(teacher, student), in nats per token: a scalar.
-
-    logits (B, T, V), targets (B, T). tau^2 keeps the size of the KL's gradient (arXiv 1503.02531, section 2).
-    """
+    """Nats per token, a scalar, of logits (B, T, V) and targets (B, T). Paper, appendix D; arXiv 1503.02531."""
     wide = torch.promote_types(logits.dtype, torch.float32)  # no loss in half precision
     logits, teacher_logits = (t.to(wide).flatten(0, 1) for t in (logits, teacher_logits))  # (B*T, V)
     student, teacher = (F.log_softmax(t / tau, dim=-1) for t in (logits, teacher_logits))
     divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    # tau^2 keeps the size of the divergence's gradient
     return alpha * F.cross_entropy(logits, targets.flatten()) + (1 - alpha) * tau**2 * divergence
 
 
@@ -173,11 +167,8 @@ def train_step(model, optimizer, scaler, grad_clip, loss_of, batches, accumulati
 
 
 @torch.no_grad()
-def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast, may_stop=False):
-    """Loss of every validation window, in nats per token: float64 (windows,). Any batch gives the same numbers.
-
-    Each process evaluates its share and gets all results. None if it may_stop and a signal came.
-    """
+def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast) -> np.ndarray:
+    """Loss of every validation window, in nats per token: float64 (windows,). Each process does its share."""
     rank, world_size = machine.rank_and_world_size()
     T = model.config.block_size
     starts = data.val_starts(len(tokens), T)
@@ -185,8 +176,6 @@ def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast,
     mine = np.arange(rank, len(starts), world_size)
     model.eval()
     for i in range(0, -(-len(starts) // world_size), micro_batch):  # the same number of turns on each process
-        if may_stop and machine.stop_requested():
-            return None
         batch = mine[i : i + micro_batch]
         if len(batch) == 0:
             continue
@@ -214,9 +203,6 @@ def save(config: TrainConfig, meta: dict, model, optimizer, scaler, state: dict,
     return path
 
 
-# ---- one run
-
-
 def set_up(config: TrainConfig):
     """(hardware, the data's meta.json, model, teacher or None, where both come from). Raises UserError."""
     hardware = machine.pick(config.device, config.dtype, config.deterministic)
@@ -228,13 +214,11 @@ def set_up(config: TrainConfig):
         same = {key: getattr(model.config, key) for key in ("vocab_size", "block_size")}
         teacher, taught_by = checkpoint.open_model(config.teacher, meta, hardware.wide, same)
     model.gradient_checkpointing = config.gradient_checkpointing
-    n_tokens = 0 if config.eval_only else config.max_steps * config.tokens_per_step
-    flops = n_tokens * model.config.flops_per_token()
+    flops = config.max_steps * config.tokens_per_step * model.config.flops_per_token() * (not config.eval_only)
     reason = machine.prepare([model, teacher] if teacher else [model], config.compile, flops, hardware)
     machine.say(
-        f"{config.out_dir}: {model.config.n_layer} layers, {model.config.num_params():,} parameters, "
-        f"from {config.init_from}{f', taught by {config.teacher}' if teacher else ''}\n"
-        f"  {config.max_steps:,} steps x {config.tokens_per_step:,} tokens, {flops:.3g} FLOPs; {reason}"
+        f"{config.out_dir}: {model.config.n_layer} layers, {model.config.num_params():,} parameters, {flops:.3g} "
+        f"FLOPs; from {config.init_from}{f', taught by {config.teacher}' if teacher else ''}; {reason}"
     )
     return hardware, meta, model, teacher, {"init_from": lineage, "teacher": taught_by}
 
@@ -300,17 +284,15 @@ def loop(config: TrainConfig) -> Path:
 
         # ---- validation: the mean over all windows, which are always the same
         if to_evaluate:
-            losses = evaluate(model, val_tokens, config.micro_batch, device, hardware.autocast, not last)
-            stop = stop or machine.stop_requested()
-            if losses is not None:
-                val_loss, error = data.mean_and_error(losses)
-                log(counts | {"val_loss": val_loss, "val_se": error})
-                if config.track_rank and rank == 0:
-                    import analyze_attention  # imported where it is used: training needs none of it
+            losses = evaluate(model, val_tokens, config.micro_batch, device, hardware.autocast)
+            val_loss, error = data.mean_and_error(losses)
+            log(counts | {"val_loss": val_loss, "val_se": error})
+            if config.track_rank and rank == 0:
+                import analyze_attention  # imported where it is used: training needs none of it
 
-                    log(counts | analyze_attention.track(model, val_tokens))
-                machine.say(f"  step {step} of {config.max_steps}: val loss {val_loss:.4f} ± {error:.4f}")
-                evaluated_at = step
+                log(counts | analyze_attention.track(model, val_tokens))
+            machine.say(f"  step {step} of {config.max_steps}: val loss {val_loss:.4f} ± {error:.4f}")
+            evaluated_at, stop = step, stop or machine.stop_requested()
 
         # ---- checkpoint, and the end of the run
         if to_save or stop and step > start_step:
@@ -340,8 +322,8 @@ def loop(config: TrainConfig) -> Path:
 
 def train(config: TrainConfig) -> Path:
     """Train with out_dir locked. Returns the last checkpoint. Raises UserError, also after a signal."""
-    is_first = machine.rank_and_world_size()[0] == 0
-    with storage.lock(config.out_dir) if is_first else contextlib.nullcontext():
+    rank = machine.rank_and_world_size()[0]
+    with storage.lock(config.out_dir) if rank == 0 else contextlib.nullcontext():
         return loop(config)
 
 
@@ -358,10 +340,9 @@ def main():
     config = configurator.load(TrainConfig)
     with machine.process_group():
         if config.eval_only:
-            evaluate_only(config)
-        else:
-            machine.watch_signals()
-            train(config)
+            return evaluate_only(config)
+        machine.watch_signals()
+        train(config)
 
 
 if __name__ == "__main__":

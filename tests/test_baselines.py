@@ -1,4 +1,4 @@
-"""baselines.py: every comparison of the paper, by its definition; what each model begins with and is trained on."""
+"""baselines.py: every comparison of the paper, what each model begins with and is trained on."""
 
 import re
 import shutil
@@ -90,7 +90,14 @@ def test_every_baseline_can_be_built_for_every_size(n, k):
     """Also for a target of one layer: the right number of layers, each one that its source has."""
     models = known(n, k)
     sizes = {"reference": n, "target": k} | {name: n_layer(model) for name, model in models.items()}
-    half = {"first half", "lazy layers", "random, half", "half of the target", "quarter of the target", "quarter, stacked"}
+    half = {
+        "first half",
+        "lazy layers",
+        "random, half",
+        "half of the target",
+        "quarter of the target",
+        "quarter, stacked",
+    }
     for name, model in models.items():
         layers = [layer for layer in model.layers if layer is not None]
         assert all(0 <= layer < sizes[model.source] for layer in layers), name
@@ -104,7 +111,7 @@ def test_every_baseline_can_be_built_for_every_size(n, k):
 
 
 def test_the_claims_name_models_that_exist():
-    """"half width" is in the paper and still to come."""
+    """ "half width" is in the paper and still to come."""
     names = {"target", "half width", *known()}
     assert [claim for claim in baselines.CLAIMS if not set(claim[1:]) <= names] == []
 
@@ -112,7 +119,8 @@ def test_the_claims_name_models_that_exist():
 def test_a_model_is_trained_after_those_that_it_is_made_from():
     models = known()
     assert list(inheritune.wanted(["stacking, two rounds", "random", "stacking"], 24, 16)) == [
-        "quarter of the target", "quarter, stacked", "stacking, two rounds", "random", "half of the target", "stacking",
+        "quarter of the target", "quarter, stacked", "stacking, two rounds", "random", "half of the target",
+        "stacking",
     ]  # fmt: skip
     found = list(inheritune.wanted(list(reversed(models)), 24, 16))
     assert sorted(found) == sorted(models)
@@ -121,7 +129,18 @@ def test_a_model_is_trained_after_those_that_it_is_made_from():
         assert needs <= set(found[:i]), name
 
 
-@pytest.mark.parametrize("wrong,nearest", [("radnom", "random"), ("lazy layer", "lazy layers"), ("stacked", "stacking")])
+@pytest.mark.parametrize(
+    "how", [{"teacher": "random"}, {"top": "random", "top_layers": [0]}, {"source": "random"}]
+)
+def test_a_teacher_and_a_top_are_trained_before_too(how, monkeypatch):
+    added = {"mine": baselines.Baseline(layers=[0], **how)}
+    monkeypatch.setattr(inheritune, "baselines", lambda n, k: added | baselines.baselines(n, k))
+    assert list(inheritune.wanted(["mine"], 24, 16)) == ["random", "mine"]
+
+
+@pytest.mark.parametrize(
+    "wrong,nearest", [("radnom", "random"), ("lazy layer", "lazy layers"), ("stacked", "stacking")]
+)
 def test_an_unknown_name_is_one_line_with_the_nearest(wrong, nearest, tmp_path, data_dir, capsys):
     arguments = options(**TINY, out_dir=tmp_path / "out", data_dir=data_dir)
     assert call_script(inheritune, *arguments, "--baselines", "random", wrong) == 2
@@ -139,7 +158,13 @@ BATCHES = {}  # run -> step -> the positions that it was trained on
 def finished(tmp_path_factory, data_dir):
     """A recipe of 6 and 4 layers with every baseline. Its training batches are noted."""
     out_dir = tmp_path_factory.mktemp("baselines") / "out"
-    settings = TINY | {"n_layer": 6, "max_steps": 4, "eval_interval": 4, "save_interval": 4, "warmup_steps": 1}
+    settings = TINY | {
+        "n_layer": 6,
+        "max_steps": 4,
+        "eval_interval": 4,
+        "save_interval": 4,
+        "warmup_steps": 1,
+    }
     starts, run = train.data.train_starts, []
 
     def noted(n_tokens, T, seed, step, batch_size):
@@ -156,7 +181,13 @@ def finished(tmp_path_factory, data_dir):
         patch.setattr(inheritune, "train", noting)
         patch.setattr(inheritune, "measure", lambda *_: {})  # not needed here, and seconds of drawing
         patch.setattr(inheritune, "report", lambda _: "")
-        recipe = {"start_layers": 4, "tolerance": 10.0, "sequences": 2, "data_dir": data_dir, "out_dir": out_dir}
+        recipe = {
+            "start_layers": 4,
+            "tolerance": 10.0,
+            "sequences": 2,
+            "data_dir": data_dir,
+            "out_dir": out_dir,
+        }
         assert call_script(inheritune, *options(**settings, **recipe), "--baselines", *known(6, 4)) == 0
     return out_dir
 
@@ -241,7 +272,13 @@ def test_a_distilled_baseline_has_the_reference_as_its_teacher(finished):
 def test_all_models_see_the_same_batches_for_their_number_of_steps(finished):
     longest = BATCHES["random-twice-the-steps-4"]
     assert len(BATCHES) == len(known()) + 2 and len(longest) == 8
-    steps = {"random-4": 4, "distilled-random-4": 2, "grown-from-the-target-4": 2, "inherited-4": 4, "stacking-4": 4}
+    steps = {
+        "random-4": 4,
+        "distilled-random-4": 2,
+        "grown-from-the-target-4": 2,
+        "inherited-4": 4,
+        "stacking-4": 4,
+    }
     for run, batches in BATCHES.items():
         assert batches == {step: longest[step] for step in range(len(batches))}, run
         assert len(batches) == steps.get(run, len(batches)) and len(batches) >= 2, run
@@ -255,19 +292,20 @@ def test_the_recipe_lists_what_each_baseline_was_made_from(finished):
     assert models["inherited, WSD"]["sources"] == ["reference-wsd-4/step-00000002"]
     assert models["distilled, every other layer"]["sources"] == ["reference/step-00000004"] * 2
     assert models["grown from the target"]["sources"] == [
-        "first-layers-half-the-steps-4/step-00000002", "reference/step-00000004"
+        "first-layers-half-the-steps-4/step-00000002",
+        "reference/step-00000004",
     ]
 
 
 # ---- a researcher adds one
 
-MINE = '''
+MINE = """
         "first and last": Baseline(  # all layers but the last from the bottom, and the very last
             layers=first[:-1] + [n - 1],
             steps=0.5,
             settings={"lr": 5e-3},
         ),
-'''
+"""
 
 
 def example():
@@ -284,9 +322,17 @@ def test_a_baseline_is_added_in_five_lines(text, tmp_path, data_dir):
         (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
         shutil.copy(path, tmp_path / path.relative_to(ROOT))
     source = (tmp_path / "baselines.py").read_text()
-    (tmp_path / "baselines.py").write_text(source.replace("    return {\n", f"    return {{\n{text.strip(chr(10))}\n", 1))
+    (tmp_path / "baselines.py").write_text(
+        source.replace("    return {\n", f"    return {{\n{text.strip(chr(10))}\n", 1)
+    )
     name = re.search(r'"([^"]+)": Baseline\(', text)[1]
-    settings = TINY | {"n_layer": 4, "max_steps": 4, "data_dir": data_dir, "out_dir": tmp_path / "out", "tolerance": 9.0}
+    settings = TINY | {
+        "n_layer": 4,
+        "max_steps": 4,
+        "data_dir": data_dir,
+        "out_dir": tmp_path / "out",
+        "tolerance": 9.0,
+    }
     command = [sys.executable, "inheritune.py", *options(**settings, sequences=2), "--baselines", name]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -295,7 +341,6 @@ def test_a_baseline_is_added_in_five_lines(text, tmp_path, data_dir):
         lineage = storage.read_json(tmp_path / "out/first-and-last-2/init/lineage.json")
         settings = checkpoint.read_state(tmp_path / "out/first-and-last-2/step-00000002")["settings"]
         assert lineage["layers"] == [0, 3] and settings["lr"] == 5e-3 and settings["max_steps"] == 2
-
 
 
 @pytest.mark.parametrize(
@@ -307,7 +352,9 @@ def test_a_baseline_is_added_in_five_lines(text, tmp_path, data_dir):
         ({"n_embed": 64}, "n_embed"),
     ],
 )
-def test_a_mistake_in_a_baseline_is_named_before_the_first_step(settings, words, tmp_path, data_dir, monkeypatch):
+def test_a_mistake_in_a_baseline_is_named_before_the_first_step(
+    settings, words, tmp_path, data_dir, monkeypatch
+):
     added = {"wrong": baselines.Baseline(n_layer=2, settings=settings)}
     monkeypatch.setattr(inheritune, "baselines", lambda n, k: baselines.baselines(n, k) | added)
     tiny = TINY | {"data_dir": str(data_dir), "out_dir": str(tmp_path / "out")}

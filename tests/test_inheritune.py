@@ -1,4 +1,4 @@
-"""inheritune.py: the whole recipe on a tiny model, also when it is interrupted, resumed, or run on two processes."""
+"""inheritune.py: the whole recipe on a tiny model, also interrupted, resumed, or on two processes."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def edit(monkeypatch, **entries):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, data_dir):
-    """A recipe with a tolerance that no target meets, so that it makes every round. Its directory and options."""
+    """A recipe whose tolerance no target meets, so that it makes every round. Its directory and options."""
     tmp_path = tmp_path_factory.mktemp("recipe")
     arguments = [*recipe_options(tmp_path, data_dir, tolerance=-9.0), *NAMES]
     assert call_script(inheritune, *arguments) == 0
@@ -60,7 +60,9 @@ def quick(monkeypatch):
 # ---- rounds
 
 
-def test_rounds_are_added_until_one_matches_and_baselines_have_its_size(tmp_path, data_dir, monkeypatch, quick):
+def test_rounds_are_added_until_one_matches_and_baselines_have_its_size(
+    tmp_path, data_dir, monkeypatch, quick
+):
     """The difference is set here (it need not fall with k in so few steps). All else is real."""
     by_layers = {1: (0.3, 0.1), 2: (0.2, 0.3), 3: (-0.01, 0.1)}
 
@@ -121,13 +123,20 @@ def test_the_first_round_may_start_before_the_lazy_tail(tmp_path, data_dir, monk
 
 def test_the_default_is_half_of_the_reference_and_two_layers_more_each_round():
     config = inheritune.RecipeConfig(n_layer=24)
-    assert (config.first_k, config.expand_by, config.expand_from, config.tolerance) == (12, 2, "reference", 0.0)
+    assert (config.first_k, config.expand_by, config.expand_from, config.tolerance) == (
+        12,
+        2,
+        "reference",
+        0.0,
+    )
 
 
 def test_a_wsd_reference_is_inherited_before_its_decay_with_its_moments(tmp_path, data_dir, quick):
     changes = {"max_steps": 6, "schedule": "wsd", "inherit_from": "stable", "moments": True, "tolerance": 9.0}
     assert call_script(inheritune, *recipe_options(tmp_path, data_dir, **changes, n_layer=2)) == 0
-    stable = storage.resolve(tmp_path / "out/reference/step-00000003")  # half of the six, kept beside the last
+    stable = storage.resolve(
+        tmp_path / "out/reference/step-00000003"
+    )  # half of the six, kept beside the last
     init = tmp_path / "out/inherited-1/init"
     for stem in ("model", "optimizer"):
         ours, theirs = (load_file(path / f"{stem}.safetensors") for path in (init, stable))
@@ -144,7 +153,11 @@ def test_every_seed_has_its_own_reference_order_and_models(tmp_path, data_dir, m
     seeds = ["--seeds", "1", "2", "--baselines", "random", "once"]
     assert call_script(inheritune, *recipe_options(tmp_path, data_dir, **changes), *seeds) == 0
     models = {model["name"]: model for model in storage.read_json(tmp_path / "out/recipe.json")["models"]}
-    for name, run in (("reference", "reference"), ("inherited, 1 layers", "inherited-1"), ("random", "random-1")):
+    for name, run in (
+        ("reference", "reference"),
+        ("inherited, 1 layers", "inherited-1"),
+        ("random", "random-1"),
+    ):
         assert models[name]["paths"] == [f"seed-{seed}/{run}/step-00000002" for seed in (1, 2)]
     assert models["once"]["paths"] == ["seed-1/once-1/step-00000002"]
     for seed in (1, 2):
@@ -152,7 +165,10 @@ def test_every_seed_has_its_own_reference_order_and_models(tmp_path, data_dir, m
         init = tensors(tmp_path / f"out/seed-{seed}/inherited-1/init")
         assert all(torch.equal(init[key], reference[key]) for key in init)
         for run in ("reference", "inherited-1", "random-1"):
-            assert checkpoint.read_state(tmp_path / f"out/seed-{seed}/{run}/step-00000002")["settings"]["seed"] == seed
+            assert (
+                checkpoint.read_state(tmp_path / f"out/seed-{seed}/{run}/step-00000002")["settings"]["seed"]
+                == seed
+            )
     first, second = (tensors(tmp_path / f"out/seed-{seed}/random-1/step-00000002") for seed in (1, 2))
     assert not torch.equal(first["transformer.wte.weight"], second["transformer.wte.weight"])
 
@@ -172,7 +188,9 @@ def test_a_finished_recipe_trains_nothing_again_and_measures_nothing_again(finis
     assert times() == before and len(before) > 12
 
 
-def test_a_killed_recipe_is_resumed_and_ends_at_the_same_weights(finished, tmp_path, data_dir, monkeypatch, quick):
+def test_a_killed_recipe_is_resumed_and_ends_at_the_same_weights(
+    finished, tmp_path, data_dir, monkeypatch, quick
+):
     """Killed in the reference, in the first round, and after inheriting for the second; then left alone."""
     arguments = [*recipe_options(tmp_path, data_dir, tolerance=-9.0), *NAMES]
     save, saved, inherit, inherited = checkpoint.save, [], inheritune.inherit, []
@@ -210,7 +228,10 @@ def test_a_different_target_is_measured_and_a_different_setting_measures_again(f
     out_dir = shutil.copytree(finished[0], tmp_path / "out")
     changes = [f"--out_dir={out_dir}", "--tolerance=10", "--sequences=2"]
     assert call_script(inheritune, *finished[1], *changes) == 0
-    assert read_recipe(out_dir)[1] == ("target", 1) and storage.read_json(out_dir / "recipe.json")["tolerance"] == 10
+    assert (
+        read_recipe(out_dir)[1] == ("target", 1)
+        and storage.read_json(out_dir / "recipe.json")["tolerance"] == 10
+    )
     for run, n_layer in (("inherited-1", 1), ("reference", 4)):
         found = storage.read_json(out_dir / run / "attention/attention.json")
         assert found["sequences"] == 2 and len(found["layers"]) == n_layer
@@ -317,7 +338,12 @@ def test_an_option_that_does_not_exist_ends_with_2_and_names_the_nearest(tmp_pat
 def test_a_baseline_whose_source_has_a_different_width_is_refused(tmp_path, data_dir, monkeypatch, quick):
     narrow = Baseline(n_layer=2, settings={"n_embd": 16})
     edit(monkeypatch, narrow=narrow, mine=Baseline(layers=[0], source="narrow"))
-    settings = RECIPE | {"data_dir": str(data_dir), "out_dir": str(tmp_path / "out"), "n_layer": 2, "max_steps": 2}
+    settings = RECIPE | {
+        "data_dir": str(data_dir),
+        "out_dir": str(tmp_path / "out"),
+        "n_layer": 2,
+        "max_steps": 2,
+    }
     with pytest.raises(UserError, match="n_embd"):
         inheritune.recipe(inheritune.RecipeConfig(**settings | {"tolerance": 9.0, "baselines": ["mine"]}))
 
@@ -328,4 +354,9 @@ def test_a_preset_names_the_baselines(tmp_path, data_dir, quick):
     settings = {key: value for key, value in RECIPE.items() if key != "max_steps"}
     settings |= {"n_layer": 2, "out_dir": tmp_path / "out", "data_dir": data_dir}
     assert call_script(inheritune, preset, *options(**settings)) == 0
-    assert read_recipe(tmp_path / "out") == [("reference", 2), ("target", 1), ("baseline", 1), ("baseline", 1)]
+    assert read_recipe(tmp_path / "out") == [
+        ("reference", 2),
+        ("target", 1),
+        ("baseline", 1),
+        ("baseline", 1),
+    ]

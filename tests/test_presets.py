@@ -60,7 +60,9 @@ def test_a_preset_holds_only_what_differs_from_the_defaults(preset):
     own = table.pop("inheritune")
     values = table | {key: value for key, value in own.items() if key not in ("start_layers", "expand_by")}
     same = [key for key, value in values.items() if RecipeConfig.__dataclass_fields__[key].default == value]
-    same += [key for key, value in table.items() if key != "n_layer" and getattr(GPTConfig, key, None) == value]
+    same += [
+        key for key, value in table.items() if key != "n_layer" and getattr(GPTConfig, key, None) == value
+    ]
     assert same == []
 
 
@@ -135,7 +137,7 @@ def test_every_script_is_plain_sh_and_stops_at_the_first_error(path):
 
 
 def run_with_stubs(name: str, folder, fails: str = "") -> tuple[int, list[str]]:
-    """A script of runs/ in an empty folder, where each program only notes how it was called; its exit code, the notes.
+    """A script of runs/ in an empty folder, where each program notes how it was called: (exit code, notes).
 
     torchrun leaves the checkpoints of a recipe of two rounds, lm_eval its results. One named `fails` exits with 3.
     """
@@ -153,7 +155,9 @@ def run_with_stubs(name: str, folder, fails: str = "") -> tuple[int, list[str]]:
         stub = folder / "bin" / program
         end = "exit 3" if program == fails else leaves.get(program, "true")
         real = f'[ "$1" = -c ] && exec {sys.executable} "$@"\n' if program == "python" else ""
-        stub.write_text(f'#!/bin/sh\n{real}echo "{program} $*" >> calls\nshift $(($# > 9 ? $# - 9 : 0))\n{end}\n')
+        stub.write_text(
+            f'#!/bin/sh\n{real}echo "{program} $*" >> calls\nshift $(($# > 9 ? $# - 9 : 0))\n{end}\n'
+        )
         stub.chmod(0o755)
     (folder / "calls").unlink(missing_ok=True)
     environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
@@ -173,7 +177,9 @@ def test_a_script_prepares_trains_and_scores_reference_and_target_once(name, tmp
     code, (prepare, recipe, *scores) = run_with_stubs(name, tmp_path)
     assert code == 0
     assert prepare == f"python prepare_data.py {data_dir[5:]} --tokenizer=gpt2 --out={data_dir}"
-    assert re.fullmatch(rf"torchrun --standalone --nproc_per_node=\d inheritune.py config/{name}.toml", recipe)
+    assert re.fullmatch(
+        rf"torchrun --standalone --nproc_per_node=\d inheritune.py config/{name}.toml", recipe
+    )
     for score, run in zip(scores, ("reference", "inherited-14"), strict=True):
         assert f"pretrained=out/{name}/{run}/step-00100000 " in score
     assert run_with_stubs(name, tmp_path) == (0, [prepare, recipe])  # again: the first two see to themselves

@@ -3,7 +3,7 @@
     python tests/test_structure.py               # prints the numbers and every rule that is broken
     python -m pytest tests/test_structure.py
 
-Each rule is a function of the tree's root that returns its problems, one line each. The files are read, not imported.
+Each rule is a function of the tree's root that returns its problems, one line each. It reads the files.
 """
 
 import ast
@@ -16,9 +16,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NAMED = ("model", "train", "inherit", "analyze_attention", "prepare_data")  # by the user: they stay at the top
+NAMED = (
+    "model",
+    "train",
+    "inherit",
+    "analyze_attention",
+    "prepare_data",
+)  # by the user: they stay at the top
 VERBS = {*NAMED, "inheritune", "report", "sample", "bench", "minimal"} - {"model"}  # scripts that people run
-CLOSURES = {"train": 1400, "inherit": 850, "analyze_attention": 1200}  # lines that a script loads at its start
+CLOSURES = {
+    "train": 1400,
+    "inherit": 850,
+    "analyze_attention": 1200,
+}  # lines that a script loads at its start
 LINES, TOP_LINES, FILE_LINES, FUNCTION_LINES, LOOP_LINES, RAISES = 3400, 2300, 350, 60, 100, 90
 
 
@@ -57,7 +67,9 @@ def imports(path: Path, at_start: bool) -> set[str]:
 
 def ours(root: Path, names: set[str]) -> set[str]:
     """Those of the modules that are files of the tree."""
-    return {name for name in names if (root / f"{name.replace('.', '/')}.py").is_file()} | (names & {"plumbing"})
+    return {name for name in names if (root / f"{name.replace('.', '/')}.py").is_file()} | (
+        names & {"plumbing"}
+    )
 
 
 def closure(root: Path, script: str) -> set[Path]:
@@ -93,7 +105,10 @@ def commented(path: Path, docstrings: bool) -> set[int]:
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     found = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
     for node in ast.walk(ast.parse(text)) if docstrings else ():
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
             found |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return found
 
@@ -123,7 +138,9 @@ def lines_of_a_file(root: Path) -> list[str]:
 
 def lines_that_a_script_loads(root: Path) -> list[str]:
     loaded = {script: count(closure(root, script)) for script in CLOSURES}
-    return [problem for script in loaded for problem in within(f"{script}.py", loaded[script], CLOSURES[script])]
+    return [
+        problem for script in loaded for problem in within(f"{script}.py", loaded[script], CLOSURES[script])
+    ]
 
 
 def lines_of_a_function(root: Path) -> list[str]:
@@ -136,14 +153,18 @@ def number_of_raise_statements(root: Path) -> list[str]:
 
 
 def line_length(root: Path) -> list[str]:
-    lengths = {f"{p.relative_to(root)}:{i}": len(s) for p in files(root) for i, s in enumerate(lines(p), start=1)}
+    lengths = {
+        f"{p.relative_to(root)}:{i}": len(s) for p in files(root) for i, s in enumerate(lines(p), start=1)
+    }
     problems = [problem for place, n in lengths.items() for problem in within(place, n, 110)]
     share = sum(n > 100 for n in lengths.values()) / len(lengths)
     return problems + within("share of lines over 100 characters", round(share, 3), 0.05)
 
 
 def no_format_is_skipped(root: Path) -> list[str]:
-    places = [(f"{path.name}:{i}", line) for path in files(root) for i, line in enumerate(lines(path), start=1)]
+    places = [
+        (f"{path.name}:{i}", line) for path in files(root) for i, line in enumerate(lines(path), start=1)
+    ]
     return [f"{place}: fmt: skip" for place, line in places if "# fmt: skip" in line]
 
 
@@ -151,7 +172,9 @@ def plumbing_imports_model_and_itself(root: Path) -> list[str]:
     problems = []
     for path in (root / "plumbing").glob("*.py"):
         found = ours(root, imports(path, at_start=False))
-        problems += [f"{path.name} imports {name}" for name in found if name.split(".")[0] not in ("plumbing", "model")]
+        problems += [
+            f"{path.name} imports {name}" for name in found if name.split(".")[0] not in ("plumbing", "model")
+        ]
     return problems
 
 
@@ -234,7 +257,11 @@ def test_a_rule_that_is_broken_is_reported(rule, tmp_path):
         ("data.py", "if True:\n    import train\n", only_the_recipe_and_the_benchmark_import_verbs),
         ("plumbing/figures.py", "from baselines import CLAIMS\n", plumbing_imports_model_and_itself),
         ("minimal.py", "import data\n", minimal_imports_model_alone),
-        ("model.py", "def loop():\n" + "    pass\n" * LOOP_LINES, lines_of_a_function),  # only train.py's is longer
+        (
+            "model.py",
+            "def loop():\n" + "    pass\n" * LOOP_LINES,
+            lines_of_a_function,
+        ),  # only train.py's is longer
         ("model.py", f"# {'x' * 101}\n" * 500, line_length),  # allowed, but too many
     ],
 )

@@ -33,7 +33,7 @@ def baselines(n: int, k: int) -> dict[str, Baseline]:
     first, last, everything = list(range(k)), list(range(n - k, n)), list(range(n))
     half, other_half = list(range((k + 1) // 2)), list(range(k // 2))
     every_other = list(range(0, n, 2))[:k]
-    every_other += range(n - 2 - (k - len(every_other)), n - 2)  # DistilBERT's; 16 of 24: ::2,18:22
+    every_other += range(max(0, n - 2 - k + len(every_other)), n - 2)  # DistilBERT's; 16 of 24: ::2,18:22
     in_place = 5 * n // 8  # of 24 layers the last 9 stay in place
     wsd = {"schedule": "wsd"}
     return {

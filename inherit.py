@@ -8,8 +8,8 @@
 
 --layers lists a source layer for each layer of the target, as Python slices, from 0 and half-open: "0:8,0:8"
 stacks, "::2" takes every other layer, "new" is a fresh layer and "new:15" are fifteen. Embeddings, final norm
-and head are always inherited. It renames tensors and builds no model, so any Hugging Face decoder will do (GPT-2,
-Llama, Qwen, ...). Only fresh tensors need a GPT-2. lineage.json records where each tensor came from.
+and head are always inherited. It renames tensors and builds no model, so any Hugging Face decoder will do.
+Only fresh tensors need a GPT-2. lineage.json records where each tensor came from.
 """
 
 import re
@@ -67,7 +67,7 @@ def parse_layers(text: str, n_layer: int) -> list[int | None]:
         chosen = range(start, stop or n_layer, stride or 1) if match and match[2] else range(start, start + 1)
         if not item or not match or not chosen or chosen[-1] >= n_layer or match[4] == "0":
             raise UserError(
-                f"layers {text!r}: {item!r} does not lie in 0:{n_layer}; expected slices of the {n_layer} layers, "
+                f"layers {text!r}: {item!r} does not lie in 0:{n_layer}; expected slices of its layers, "
                 "such as 0:12, ::2, 3 or new:2, counted from 0"
             )
         layers += chosen
@@ -113,11 +113,13 @@ def source_tensors(path: Path, config: dict, n_layer: int, stem: str, shift: int
 
 def lineage_of(reference, layers, parts="", moments=False, top="", top_layers="") -> dict:
     """What decides the inherited tensors, for lineage.json. The layers of `top` follow the reference's."""
-    path, _, n_layer, chosen = open_source(reference, layers)
+    path, config, n_layer, chosen = open_source(reference, layers)
     lineage = {"reference": str(reference), "sha256": storage.hashes(path)}
     lineage |= {"parts": parts or "all", "moments": moments}
     if top:
-        top_path, _, _, on_top = open_source(top, top_layers)
+        top_path, top_config, _, on_top = open_source(top, top_layers)
+        if any(config.get(key) != top_config.get(key) for key in ("model_type", "n_embd", "hidden_size")):
+            raise UserError(f"{top} cannot go on top of {reference}: their model types or widths differ")
         chosen = chosen + [n_layer + layer for layer in on_top]
         lineage["top_sha256"] = storage.hashes(top_path)
     return lineage | {"layers": chosen}
@@ -152,7 +154,7 @@ def inherit(reference, layers, out, parts="", moments=False, top="", top_layers=
             match = LAYER.match(name)
             if source_name is None or (parts and match and match[3].split(".")[0] not in kept):
                 is_weight = stem == "model"  # a fresh weight has no moments yet
-                shape_of = source[source_name or LAYER.sub(rf"\g<1>0.\3", name)]
+                shape_of = source[source_name or LAYER.sub(r"\g<1>0.\3", name)]
                 tensors[name] = fresh[name].to(shape_of.dtype) if is_weight else torch.zeros_like(shape_of)
                 origin[name] = f"fresh, seed {seed}"
             else:

@@ -62,7 +62,7 @@ class RecipeConfig(TrainConfig):
 
 
 def round_target(config: RecipeConfig, k: int, previous_k: int | None) -> Baseline:
-    """What the target of k layers begins with: the growth rule (Inheritune step 3; algorithm 1, section 1)."""
+    """The growth rule: what the target of k layers begins with (Inheritune step 3: expand; algorithm 1)."""
     stable = {"stable": config.inherit_from == "stable", "moments": config.moments}
     if previous_k and config.expand_from == "target":  # add the reference's next layers
         added = list(range(previous_k, k))
@@ -123,7 +123,7 @@ class Models:
         return storage.resolve(path)
 
     def make(self, name: str, model: Baseline, directory: str) -> tuple[Path, list[Path]]:
-        """Inherit (step 1) and train (step 2) a model unless that is done. Its checkpoint, and its sources."""
+        """Inherit and train a model (Inheritune steps 1, 2) unless that is done. Its checkpoint, its sources."""
         out_dir = self.out_dir / directory
         settings, sources = train_config(self.config, model, self.seed, out_dir), []
         if model.layers:

@@ -102,7 +102,7 @@ def stable_steps(config: TrainConfig) -> int:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Rate of update `step`, from 0: warm-up, then a cosine (appendix F) or, for wsd, stable and linear decay."""
+    """Rate of update `step`, from 0: warm-up, then a cosine (appendix F), or stable and linear decay."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     start = stable_steps(config) or config.warmup_steps
@@ -112,7 +112,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def distillation_loss(logits, targets, teacher_logits, alpha: float, tau: float):
-    """Nats per token, a scalar, of logits (B, T, V) and targets (B, T). Paper, appendix D; arXiv 1503.02531."""
+    """Nats per token, a scalar, of logits (B, T, V), targets (B, T). Paper, appendix D; arXiv 1503.02531."""
     wide = torch.promote_types(logits.dtype, torch.float32)  # no loss in half precision
     logits, teacher_logits = (t.to(wide).flatten(0, 1) for t in (logits, teacher_logits))  # (B*T, V)
     student, teacher = (F.log_softmax(t / tau, dim=-1) for t in (logits, teacher_logits))
@@ -144,8 +144,8 @@ def train_step(model, optimizer, scaler, grad_clip, loss_of, batches, accumulati
     """One update on `accumulation` micro-batches (x, y). Returns (loss, gradient norm), on the device.
 
     loss_of(x, y, is_last) is a mean over tokens. mark(part) is called after each part: bench.py times them.
-    Once a gradient norm is non-finite, this and all later updates are skipped by the optimizer's kernel, so the
-    CPU need not wait for the device at each step. With a GradScaler (float16) only that one is skipped.
+    Once a gradient norm is non-finite, the optimizer's kernel skips this and all later updates, so that the CPU
+    need not wait for the device at each step. With a GradScaler (float16) only that one is skipped.
     """
     total = 0.0
     for i, (x, y) in enumerate(batches, start=1):
@@ -214,11 +214,12 @@ def set_up(config: TrainConfig):
         same = {key: getattr(model.config, key) for key in ("vocab_size", "block_size")}
         teacher, taught_by = checkpoint.open_model(config.teacher, meta, hardware.wide, same)
     model.gradient_checkpointing = config.gradient_checkpointing
-    flops = config.max_steps * config.tokens_per_step * model.config.flops_per_token() * (not config.eval_only)
+    steps = 0 if config.eval_only else config.max_steps
+    flops = steps * config.tokens_per_step * model.config.flops_per_token()
     reason = machine.prepare([model, teacher] if teacher else [model], config.compile, flops, hardware)
     machine.say(
-        f"{config.out_dir}: {model.config.n_layer} layers, {model.config.num_params():,} parameters, {flops:.3g} "
-        f"FLOPs; from {config.init_from}{f', taught by {config.teacher}' if teacher else ''}; {reason}"
+        f"{config.out_dir}: {model.config.n_layer} layers, {model.config.num_params():,} parameters from "
+        f"{config.init_from}{f', taught by {config.teacher}' if teacher else ''}; {flops:.3g} FLOPs; {reason}"
     )
     return hardware, meta, model, teacher, {"init_from": lineage, "teacher": taught_by}
 

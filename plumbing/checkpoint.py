@@ -84,7 +84,7 @@ def check_tokenizer(path: Path, meta: dict):
     """Raise UserError if a model reads other tokens than the data has. OpenAI's models name none: gpt2."""
     found, needed = storage.read_json(path / "config.json").get("tokenizer", "gpt2"), meta["tokenizer"]
     if found != needed:
-        raise UserError(f"{path} reads tokens of {found!r}, the data has those of {needed!r}; prepare it anew")
+        raise UserError(f"{path} reads tokens of {found!r}, the data those of {needed!r}; prepare it anew")
 
 
 # ---- weights
@@ -236,8 +236,8 @@ def load_optimizer(path: Path, model: GPT, optimizer: torch.optim.Optimizer):
 def to_resume(run_dir: Path, resume: bool | str) -> Path | None:
     """The checkpoint that a run resumes from, None for a fresh start. `resume` is True, False or "auto".
 
-    Raises UserError where a fresh start would overwrite a run, and where there is nothing to resume. Drops later
-    log lines and damaged later checkpoints, since the run writes them again.
+    Raises UserError where a fresh start would overwrite a run, or where there is nothing to resume. Drops
+    later log lines and damaged later checkpoints, since the run writes them again.
     """
     found = storage.steps(run_dir)
     if found and not resume:

@@ -5,7 +5,7 @@
     python inheritune.py config/demo.toml --baselines random "random, twice the steps"
 
 tyro makes the command line from the dataclass and checks it. A preset's keys become options in front of the
-user's, so tyro checks them too, and the last one wins. Settings under [inheritune] are for inheritune.py only.
+user's, so tyro checks them too and the last one wins. Settings under [inheritune] are for inheritune.py only.
 """
 
 import dataclasses

@@ -3,8 +3,8 @@
     python -c "import torch, plumbing.fast_rank as f; print(f.fast_rank(torch.eye(8)[None, None]))"
     python -m pytest tests/test_fast_rank.py    # equal to k_star in analyze_attention.py, matrix by matrix
 
-analyze_attention.py:k_star is the definition. This computes the same number from the Gram matrix G = AᵀA, whose
-eigenvalues λ_1 >= λ_2 >= ... are the squared singular values. Suffixes: B sequences, H heads, T positions.
+analyze_attention.py:k_star is the definition. This computes the same number from the Gram matrix G = AᵀA,
+whose eigenvalues λ_1 >= λ_2 >= ... are the squared singular values. B sequences, H heads, T positions.
 """
 
 import torch

@@ -198,7 +198,7 @@ def prune(run_dir: Path, keep: int, spare: Path):
 
 @contextlib.contextmanager
 def lock(directory: str | Path):
-    """Hold a directory against other processes, and clear what a killed one left. Raises UserError if it is in use.
+    """Hold a directory against other processes; clear what a killed one left. UserError if it is in use.
 
     The system releases the lock when its process dies.
     """
@@ -208,7 +208,7 @@ def lock(directory: str | Path):
         directory.mkdir(parents=True, exist_ok=True)
         held.acquire()
     except Timeout:
-        raise UserError(f"{directory} is in use by another process; wait, or choose a different one") from None
+        raise UserError(f"{directory} is in use by another process; wait or change it") from None
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror}") from None
     try:

@@ -13,7 +13,7 @@
 #   model                    layers    steps  FLOPs a token     FLOPs   H100 h   A100 h
 #   reference                    32   100000       4.66e+09  2.87e+19     20.1     63.8
 #   inherited                    16   100000       2.53e+09  1.55e+19     10.9     34.5
-#   random, same size            16   100000       2.53e+09  1.55e+19     10.9     34.5
+#   random                       16   100000       2.53e+09  1.55e+19     10.9     34.5
 #   random, twice the steps      16   200000       2.53e+09  3.10e+19     21.8     69.1
 #   all of it                                                9.07e+19     63.7    201.9
 #

@@ -13,18 +13,17 @@
 #   model                    layers    steps  FLOPs a token     FLOPs   H100 h   A100 h
 #   reference                    36   100000       5.20e+09  2.56e+19     17.9     56.9
 #   inherited                    18   100000       2.79e+09  1.37e+19      9.6     30.6
-#   random, same size            18   100000       2.79e+09  1.37e+19      9.6     30.6
+#   random                       18   100000       2.79e+09  1.37e+19      9.6     30.6
 #   random, twice the steps      18   200000       2.79e+09  2.75e+19     19.3     61.1
-#   half the target               9   100000       1.59e+09  7.81e+18      5.5     17.4
-#   stacking, one round          18   100000       2.79e+09  1.37e+19      9.6     30.6
-#   a quarter of the target       5   100000       1.05e+09  5.18e+18      3.6     11.5
-#   a quarter, stacked            9   100000       1.59e+09  7.81e+18      5.5     17.4
+#   half of the target            9   100000       1.59e+09  7.81e+18      5.5     17.4
+#   stacking                     18   100000       2.79e+09  1.37e+19      9.6     30.6
+#   quarter of the target         5   100000       1.05e+09  5.18e+18      3.6     11.5
+#   quarter, stacked              9   100000       1.59e+09  7.81e+18      5.5     17.4
 #   stacking, two rounds         18   100000       2.79e+09  1.37e+19      9.6     30.6
 #   hybrid stacking              18   100000       2.79e+09  1.37e+19      9.6     30.6
-#   half width                   36   100000       1.54e+09  7.56e+18      5.3     16.8
-#   all of it                                                1.50e+20    105.3    333.8
+#   all of it                                                1.42e+20    100.0    317.1
 #
-# That is 13 hours on 8 H100 or 42 on 8 A100. Each further round adds at least 10 H100 hours.
+# That is 13 hours on 8 H100 or 40 on 8 A100. Each further round adds at least 10 H100 hours.
 # On top: validation, which on OpenWebText's 4.4 million tokens every 1,000 steps adds 3%, the preparation of the
 # data, and lm_eval on one GPU.
 # Memory, estimated: 20 bytes a parameter (weights, gradients and their buckets, two moments) = 15 GB, and

@@ -13,18 +13,17 @@
 #   model                    layers    steps  FLOPs a token     FLOPs   H100 h   A100 h
 #   reference                    48   100000       1.03e+10  5.05e+19     35.5    112.4
 #   inherited                    24   100000       5.38e+09  2.64e+19     18.6     58.8
-#   random, same size            24   100000       5.38e+09  2.64e+19     18.6     58.8
+#   random                       24   100000       5.38e+09  2.64e+19     18.6     58.8
 #   random, twice the steps      24   200000       5.38e+09  5.29e+19     37.1    117.7
-#   half the target              12   100000       2.93e+09  1.44e+19     10.1     32.1
-#   stacking, one round          24   100000       5.38e+09  2.64e+19     18.6     58.8
-#   a quarter of the target       6   100000       1.71e+09  8.39e+18      5.9     18.7
-#   a quarter, stacked           12   100000       2.93e+09  1.44e+19     10.1     32.1
+#   half of the target           12   100000       2.93e+09  1.44e+19     10.1     32.1
+#   stacking                     24   100000       5.38e+09  2.64e+19     18.6     58.8
+#   quarter of the target         6   100000       1.71e+09  8.39e+18      5.9     18.7
+#   quarter, stacked             12   100000       2.93e+09  1.44e+19     10.1     32.1
 #   stacking, two rounds         24   100000       5.38e+09  2.64e+19     18.6     58.8
 #   hybrid stacking              24   100000       5.38e+09  2.64e+19     18.6     58.8
-#   half width                   48   100000       2.93e+09  1.44e+19     10.1     32.0
-#   all of it                                                2.87e+20    201.5    638.8
+#   all of it                                                2.73e+20    191.5    607.1
 #
-# That is 25 hours on 8 H100 or 80 on 8 A100. Each further round adds at least 20 H100 hours.
+# That is 24 hours on 8 H100 or 76 on 8 A100. Each further round adds at least 20 H100 hours.
 # On top: validation, which on OpenWebText's 4.4 million tokens every 1,000 steps adds 3%, the preparation of the
 # data, and lm_eval on one GPU.
 # Memory, estimated: 20 bytes a parameter (weights, gradients and their buckets, two moments) = 31 GB, and

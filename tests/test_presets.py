@@ -139,7 +139,7 @@ def test_every_script_is_plain_sh_and_stops_at_the_first_error(path):
 def run_with_stubs(name: str, folder, fails: str = "") -> tuple[int, list[str]]:
     """A script of runs/ in an empty folder, where each program notes how it was called: (exit code, notes).
 
-    torchrun leaves the checkpoints of a recipe of two rounds, lm_eval its results. One named `fails` exits with 3.
+    torchrun leaves the checkpoints of two rounds, lm_eval its results. A program named `fails` exits with 3.
     """
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     (folder / "bin").mkdir(exist_ok=True)

@@ -138,12 +138,10 @@ def find_files(names: tuple[str, ...]) -> list[Path]:
     found = []
     for name in map(os.path.expanduser, names):
         pattern = glob.escape(name) + "/**" * os.path.isdir(name) if os.path.exists(name) else name
-        matches = [
-            Path(path) for path in sorted(glob.glob(pattern, recursive=True)) if ending(path) in ENDINGS
-        ]
+        matches = sorted(path for path in glob.glob(pattern, recursive=True) if ending(path) in ENDINGS)
         if not matches:
             raise UserError(f"{name}: found no file, expected {' '.join(ENDINGS)}, or .gz; check the path")
-        found += [path for path in matches if path.stat().st_size]
+        found += [Path(path) for path in matches if os.path.getsize(path)]
     endings = " ".join(sorted({ending(path) for path in found})) or "none"
     repeated = len(found) - len({path.resolve() for path in found})  # these would be in both splits
     if names and (repeated or endings not in ENDINGS):
@@ -155,7 +153,7 @@ def find_files(names: tuple[str, ...]) -> list[Path]:
 
 
 def from_files(config: PrepareConfig, paths: list[Path]):
-    """Text, JSON, CSV or parquet, by the builders of `datasets`. Raises UserError naming the file at fault."""
+    """Files, read by the builders of `datasets`. Raises UserError naming the file at fault."""
     column, suffix, text = config.text_column, ending(paths[0]), {"encoding": "utf-8-sig"}  # skips a BOM
     builder, options = {
         ".jsonl": ("text", text | {"sample_by": "line"}),  # parsed by read(): keys may vary
@@ -173,8 +171,8 @@ def from_files(config: PrepareConfig, paths: list[Path]):
         raise UserError(f"{paths[0]}: not read as {suffix} with {column!r}: {error}; {remedy}") from None
 
     def read(item) -> str | None:
-        line = item.as_py()
-        return json.loads(line)[column] if suffix == ".jsonl" and line.strip() else line
+        text = item.as_py()
+        return text.strip() and json.loads(text)[column] if suffix == ".jsonl" else text
 
     return items, read, {"source": f"files {' '.join(config.paths)}"}
 
@@ -199,7 +197,7 @@ def from_hub(config: PrepareConfig, _):
         reasons.append(f"{repository} at {revision}: {error}")
     raise UserError(
         f"{config.source} could not be loaded ({'; '.join(reasons)}); check --repository, --revision and "
-        "--config_name, set HF_HOME to a folder that has it, or prepare a copy as it is: prepare_data.py files"
+        "--config_name, set HF_HOME to a folder that has it, or prepare a copy: prepare_data.py files"
     )
 
 
@@ -274,14 +272,13 @@ def write(config: PrepareConfig, out: Path, source, arguments: dict):
         expected = N_TOKENS[name] if is_nanogpt and not limit else entry["tokens"] or "some"
         if entry["tokens"] != expected:
             raise UserError(
-                f"{name}: found {entry['tokens']} tokens in {len(order)} documents, expected {expected}; use more "
-                "documents (--sample_by=paragraph), another --val_fraction, --max_tokens or --repository"
+                f"{name}: found {entry['tokens']} tokens in {len(order)} documents, expected {expected}; use "
+                "more documents (--sample_by=paragraph) or change --val_fraction, --max_tokens or --repository"
             )
+        start = encoding.decode(np.fromfile(path, dtype, 60).tolist())  # shows a wrong column or encoding
         speed = entry["tokens"] / (time.perf_counter() - begun)
-        print(
-            f"{path.stem}: {entry['tokens']:,} tokens, {entry['documents']:,} documents, {speed:,.0f} tokens/s"
-        )
-        print(repr(encoding.decode(np.fromfile(path, dtype, 70).tolist())))  # shows a wrong column
+        print(f"{name}: {entry['tokens']:,} tokens, {entry['documents']:,} documents, {speed:,.0f} tokens/s")
+        print(f"  {start!r} ...")
 
     (out / "meta.json").unlink(missing_ok=True)
     for name in splits:

@@ -249,8 +249,9 @@ def to_resume(run_dir: Path, resume: bool | str) -> Path | None:
     if log.is_file():
         last = int(newest.name.removeprefix("step-")) if newest else -1
         kept = [json.dumps(line) + "\n" for line in storage.read_log(log) if line["step"] <= last]
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(log)
+        if "".join(kept) != log.read_text(encoding="utf-8", errors="replace"):
+            partial.write_text("".join(kept), encoding="utf-8")
+            partial.replace(log)
     for path in found[found.index(newest) + 1 :] if newest else ():
         aside = path.with_name(f"damaged-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)

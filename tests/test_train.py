@@ -75,20 +75,22 @@ def test_ten_and_ten_resumed_steps_equal_twenty_straight_ones_bit_for_bit(straig
     assert equal(run(data_dir, copy, dropout=0.1, resume=True), straight[1])
     assert losses(copy) == losses(straight[0])
     state, expected = (storage.read_json(p / "step-00000020" / "trainer_state.json") for p in (copy, straight[0]))
-    assert state["best"] == expected["best"] and state["step"] == 20
+    assert {k: v for k, v in state.items() if k != "versions"} == {
+        k: v if k != "settings" else v | {"out_dir": str(copy), "resume": True} for k, v in expected.items() if k != "versions"
+    }
 
 
 @pytest.mark.parametrize("lost", ["exp_avg", "exp_avg_sq", "step"])
 def test_a_resume_that_forgets_a_part_of_the_optimizer_would_be_seen(straight, data_dir, tmp_path, monkeypatch, lost):
     """Negative control of the test above."""
-    load = checkpoint.load_training
+    load = checkpoint.load_optimizer
 
     def forget(path, model, optimizer):
         load(path, model, optimizer)
         for moments in optimizer.state.values():
             moments[lost].zero_()
 
-    monkeypatch.setattr(checkpoint, "load_training", forget)
+    monkeypatch.setattr(checkpoint, "load_optimizer", forget)
     assert not equal(run(data_dir, stop_at_10(straight, tmp_path), dropout=0.1, resume=True), straight[1])
 
 
@@ -242,17 +244,10 @@ def test_training_learns(data_dir, tmp_path):
     assert abs(lines[0] - math.log(257)) < 0.2 and lines[-1] < 3.6
 
 
-def test_best_changes_only_when_the_loss_improves(data_dir, tmp_path):
-    path = run(data_dir, tmp_path / "run", lr=3.0, min_lr=3.0, max_steps=10, eval_interval=2)  # gets worse
-    found = {line["step"]: line["val_loss"] for line in read_metrics(tmp_path / "run") if "val_loss" in line}
-    best = storage.read_json(path / "trainer_state.json")["best"]
-    assert best["loss"] == min(found.values()) == found[best["step"]] and best["step"] < 10
-
-
 def test_a_finished_run_says_so_and_does_nothing(straight, data_dir, capsys):
     before = (straight[0] / "metrics.jsonl").stat().st_mtime_ns
     assert run(data_dir, straight[0], dropout=0.1, resume=True) == straight[1]
-    assert "already at step 20 of 20" in capsys.readouterr().out
+    assert "step 20 of 20" in capsys.readouterr().out
     assert (straight[0] / "metrics.jsonl").stat().st_mtime_ns == before
 
 
@@ -298,42 +293,18 @@ def test_the_learning_rate_warms_up_to_its_peak_and_ends_at_its_least():
     assert rates[4 + 99 // 2] == pytest.approx(0.55, abs=0.02)
 
 
-def test_the_arithmetic_is_chosen_with_a_reason():
-    from plumbing import machine
-
-    dtype, reason = machine.pick_dtype("auto", torch.device("cpu"))
-    assert dtype in (torch.bfloat16, torch.float32) and reason
-    assert machine.pick_dtype("auto", torch.device("mps"))[0] == torch.float32
-    assert machine.pick_dtype("float16", torch.device("cpu"))[0] == torch.float16
-    assert machine.pick_compile("auto", torch.device("cpu"), flops=1e13)[0] is False  # it would take longer
-    assert machine.pick_compile("auto", torch.device("mps"), flops=1e20)[0] is False
-    assert machine.pick_compile(True, torch.device("cpu"), flops=0) == (True, "as asked for")
-
-
-def test_attention_is_written_out_only_where_that_was_faster_and_fits():
-    from plumbing import machine
-
-    cpu, gpu, half = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
-    for compiled, device, dtype, block_size, fused in (
-        (True, cpu, half, 512, False), (False, cpu, half, 512, True), (True, gpu, half, 512, True),
-        (True, cpu, torch.float32, 512, True), (True, cpu, half, 1024, True),
-    ):  # fmt: skip
-        model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=block_size, vocab_size=5))
-        machine.pick_attention(model, compiled, device, dtype)
-        assert [block.attn.fused for block in model.transformer.h] == [fused] * 2
-
-
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
 def test_freed_memory_is_kept_for_the_next_step():
     code = """
-import resource, torch, machine
+import resource, torch
+from plumbing import machine
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
         torch.zeros(2**22)  # 16 MB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 without = faults()
-machine.keep_freed_memory(torch.device("cpu"))
+machine.keep_freed_memory()
 faults()
 print(without, faults())
 """
@@ -363,24 +334,17 @@ def test_a_compiled_run_equals_an_eager_one_and_its_names_are_clean(data_dir, tm
 @pytest.mark.parametrize(
     "wrong,words",
     [
-        (["--learning_rat=1"], "unknown key 'learning_rat'"),
-        (["--n_layr=1"], "unknown key 'n_layr'; did you mean 'n_layer'?"),
-        (["--max_steps=many"], "--max_steps"),
-        (["--dtype=int8"], "int8"),
         (["--n_head=3"], "n_embd 32 is not divisible by n_head 3"),
         (["--tokens_per_step=1000"], "tokens_per_step 1000 is not divisible by micro_batch 4 x block_size 32 x 1"),
-        (["--data_dir=nowhere"], "data directory nowhere does not exist"),
-        (["--warmup_steps=21"], "warmup_steps is 21, expected 0 to 20"),
-        (["--beta1=1.5"], "beta1 is 1.5"),
-        (["--lr=nan"], "lr is nan"),
-        (["--seed=5000000000"], "seed is 5000000000"),
+        (["--data_dir=nowhere"], "nowhere: no meta.json"),
+        (["--warmup_steps=21"], "warmup_steps 21; expected"),
+        (["--lr=nan"], "lr nan"),
         (["--dropout=2"], "dropout is 2.0"),
         (["--device=meta"], "device 'meta'"),
-        (["--eval_only"], "eval_only needs a model"),
-        (["--max_steps=0"], "max_steps is 0, expected 1 to"),
-        (["--vocab_size=100"], "largest token id 256 >= vocab_size 100"),
-        (["--block_size=1000000", "--tokens_per_step=4000000"], "needs at least 1000001"),
-        (["--init_from=no/such/model"], "no/such/model does not exist"),
+        (["--max_steps=0"], "max_steps is 0, expected at least 1"),
+        (["--vocab_size=100"], "expected ids below vocab_size 100"),
+        (["--block_size=1000000", "--tokens_per_step=4000000"], "at least 1000001 tokens"),
+        (["--init_from=no/such/model"], "no/such/model is no checkpoint directory"),
         (["--device=tpu"], "device 'tpu'"),
         (["--resume"], "no usable checkpoint"),
         (["--micro_batch=16"], "--micro_batch=8 divides it"),
@@ -437,11 +401,6 @@ def test_a_run_cannot_be_resumed_beyond_its_new_end(straight, data_dir, tmp_path
     assert storage.latest(copy).name == "step-00000010"
 
 
-def test_an_override_of_an_unknown_setting_is_named():
-    with pytest.raises(UserError, match="override: unknown key 'max_stps'; did you mean 'max_steps'"):
-        train.TrainConfig(override="lr,max_stps")
-
-
 def test_a_damaged_log_stops_nothing(straight, data_dir, tmp_path):
     copy = stop_at_10(straight, tmp_path)
     with open(copy / "metrics.jsonl", "ab") as file:
@@ -450,16 +409,8 @@ def test_a_damaged_log_stops_nothing(straight, data_dir, tmp_path):
     assert losses(copy) == losses(straight[0])
 
 
-def test_a_line_that_was_cut_before_its_newline_is_not_joined_to_the_next(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
-    checkpoint.forget_after(tmp_path, 2)
-    storage.append_json(tmp_path / "metrics.jsonl", {"step": 3})
-    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
-
-
-def test_a_log_line_that_cannot_be_written_loses_no_run(data_dir, tmp_path, monkeypatch, capsys):
+def test_a_log_line_that_cannot_be_written_loses_no_run(data_dir, tmp_path, capsys):
     (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)  # a directory in its place
-    monkeypatch.setattr(checkpoint, "forget_after", lambda *_: None)
     assert run(data_dir, tmp_path / "run", max_steps=2).name == "step-00000002"
     assert "a line is lost" in capsys.readouterr().out
 
@@ -511,18 +462,6 @@ def test_a_resumed_run_must_have_begun_from_the_same_weights(reference, data_dir
     assert run(data_dir, tmp_path / "run", resume=True, init_from=str(tmp_path / "moved"), **changes).exists()
 
 
-def test_the_cost_of_all_that_came_before_is_counted(reference, data_dir, tmp_path):
-    import inherit
-
-    shape = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"))
-    longer = run(data_dir, tmp_path / "longer", init_from=str(reference), max_steps=6, **shape)
-    half = inherit.inherit(longer, "0:2", tmp_path / "half")
-    quarter = inherit.inherit(half, "0:1", tmp_path / "quarter")  # nothing was spent in between
-    last = run(data_dir, tmp_path / "last", init_from=str(quarter), max_steps=3, **shape)
-    assert checkpoint.cost(last)["tokens"] == (20 + 6 + 3) * 256
-    assert checkpoint.cost(quarter) == checkpoint.cost(half) == checkpoint.cost(longer)
-
-
 def test_a_model_made_for_other_tokens_is_refused(reference, data_dir, tmp_path):
     import shutil
 
@@ -530,7 +469,7 @@ def test_a_model_made_for_other_tokens_is_refused(reference, data_dir, tmp_path)
     shutil.copytree(storage.latest(reference), copy)
     (copy / "manifest.json").unlink()
     (copy / "config.json").write_text((copy / "config.json").read_text().replace('"bytes"', '"gpt2"'))
-    with pytest.raises(UserError, match="reads tokens of 'gpt2', the data are of 'bytes'"):
+    with pytest.raises(UserError, match="reads tokens of 'gpt2', the data those of 'bytes'"):
         run(data_dir, tmp_path / "run", init_from=str(copy))
 
 

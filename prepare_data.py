@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import re
+import sys
 import sysconfig
 import time
 import tokenize
@@ -114,6 +115,8 @@ def load(column: str, path: str, name: str | None = None, num_proc: int = 1, **o
     import datasets  # imported here: `python` does without it
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error it also raises
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     if path in ("csv", "parquet"):  # they can leave the other columns unread
         options["features"] = datasets.Features({column: datasets.Value("string")})
     # the cache knows a directory by its last name alone, whatever it holds: its copy is always made anew
@@ -271,10 +274,9 @@ def write(config: PrepareConfig, out: Path, source, arguments: dict):
         entry = splits[name] = write_split(path, documents, len(order), limit or math.inf)
         expected = N_TOKENS[name] if is_nanogpt and not limit else entry["tokens"] or "some"
         if entry["tokens"] != expected:
-            raise UserError(
-                f"{name}: found {entry['tokens']} tokens in {len(order)} documents, expected {expected}; use "
-                "more documents (--sample_by=paragraph) or change --val_fraction, --max_tokens or --repository"
-            )
+            found = f"{entry['tokens']} tokens in {len(order)} of {len(items)} documents"
+            remedy = "add documents (--sample_by=paragraph), or change --val_fraction or --max_tokens"
+            raise UserError(f"{name}: found {found}, expected {expected}; {remedy}")
         start = encoding.decode(np.fromfile(path, dtype, 60).tolist())  # shows a wrong column or encoding
         speed = entry["tokens"] / (time.perf_counter() - begun)
         print(f"{name}: {entry['tokens']:,} tokens, {entry['documents']:,} documents, {speed:,.0f} tokens/s")

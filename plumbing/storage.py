@@ -96,12 +96,13 @@ def tensor_files(directory: Path, stem: str = "model") -> list[Path]:
     single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
     if single.is_file():
         return [single]
-    if not index.is_file():
+    weight_map = read_json(index).get("weight_map") if index.is_file() else None
+    if not weight_map:
         raise UserError(
             f"{single}: not found (pickles such as *.bin and *.pt can run code and are not loaded); save the "
             "model with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
         )
-    return sorted({directory / name for name in read_json(index)["weight_map"].values()})
+    return sorted({directory / name for name in weight_map.values()})
 
 
 def read_tensors(directory: Path, stem: str = "model") -> dict:
@@ -153,7 +154,12 @@ def publish(path: str | Path):
 
 def verify(path: Path):
     """Raise UserError unless every file of a published directory matches its manifest to the last bit."""
-    for name, (size, sha256) in read_json(path / "manifest.json")["files"].items():
+    try:
+        listed = read_json(path / "manifest.json")["files"]
+        files = {name: (size, sha256) for name, (size, sha256) in listed.items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        files = {"manifest.json": ("other", "")}
+    for name, (size, sha256) in files.items():
         file = path / name
         found = file.stat().st_size if file.is_file() else "no file"
         if found != size:
@@ -233,7 +239,7 @@ def resolve(name: str | Path) -> Path:
     if (path / "config.json").is_file():
         return path
     if path.exists() or Path(path.parts[0]).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
-        raise UserError(f"{name} is no checkpoint directory, run directory or name on the hub")
+        raise UserError(f"{name} is no checkpoint, run directory or name on the hub (pickles are not loaded)")
 
     import huggingface_hub  # imported here: local work never needs the hub
 

@@ -81,9 +81,9 @@ def test_wrapper_prefixes_of_others_are_stripped(saved):
 @pytest.mark.parametrize(
     "change,words",
     [
-        (lambda t: t.pop("transformer.wpe.weight") is None, "missing transformer.wpe.weight"),
-        (lambda t: t.update({"transformer.h.3.ln_1.weight": torch.ones(32)}), "unexpected transformer.h.3.ln_1.weight"),
-        (lambda t: t.update({"transformer.wpe.weight": torch.ones(9, 32)}), r"shape \(9, 32\), expected \(16, 32\)"),
+        (lambda t: t.pop("transformer.wpe.weight") is None, "wpe.weight: found none, expected"),
+        (lambda t: t.update({"transformer.h.3.ln_1.weight": torch.ones(32)}), "h.3.ln_1.weight: found .*, expected none"),
+        (lambda t: t.update({"transformer.wpe.weight": torch.ones(9, 32)}), r"found \(9, 32\), expected \(16, 32\)"),
     ],
 )
 def test_every_tensor_must_be_there_once_in_its_shape(saved, change, words):
@@ -108,40 +108,56 @@ def test_a_config_that_means_another_model_is_refused(saved, key, value):
         checkpoint.load_model(path)
 
 
-def test_biases_that_a_model_without_biases_would_drop_are_refused(saved):
-    path, _ = saved
+def test_a_model_whose_biases_are_no_longer_zero_loads_as_one_with_biases(saved):
+    """Fine-tuning in transformers, which always has biases, moves those of a model without."""
+    path, model = saved
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"bias": False}))
-    with pytest.raises(UserError, match="is not zero"):
+    assert equal(checkpoint.load_model(path), model)
+
+
+@pytest.mark.parametrize("wrong", [{"bias": "false"}, {"n_layer": 3.0}, {"n_layer": "3"}])
+def test_values_of_config_json_have_to_be_of_their_types(saved, wrong):
+    path, _ = saved
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | wrong))
+    with pytest.raises(UserError, match=f"{next(iter(wrong))} is .*, expected"):
         checkpoint.load_model(path)
+
+
+def test_a_stray_index_beside_the_weights_is_not_read(saved):
+    path, model = saved
+    (path / "model.safetensors.index.json").write_text('{"weight_map": {"transformer.wte.weight": "other"}}')
+    assert equal(checkpoint.load_model(path), model)
 
 
 def test_pickles_are_never_opened(saved):
     path, _ = saved
     (path / "model.safetensors").unlink()
     torch.save({}, path / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"only pickles \(pytorch_model.bin\)"):
+    with pytest.raises(UserError, match="pickles such as"):
         checkpoint.load_model(path)
 
 
 @pytest.mark.parametrize(
     "file,content,words",
     [
-        ("config.json", "[]", "found a list, expected a table"),
+        ("config.json", "[]", "found a list, expected a JSON object"),
         ("config.json", '{"model_type": "gpt2", "n_layer": "x"}', "no n_head"),
-        ("model.safetensors.index.json", "{}", "no weight_map"),
+        ("model.safetensors.index.json", "{}", "not found"),
         ("model.safetensors.index.json", '{"weight_map": {"transformer.wte.weight": "gone"}}', "not a readable"),
-        ("model.safetensors.index.json", '{"weight_map": {"nothing": "model.safetensors"}}', "no tensor nothing"),
     ],
 )
 def test_a_foreign_directory_that_is_not_right_is_one_line(saved, file, content, words):
     path, _ = saved
     (path / file).write_text(content)
+    if "index" in file:
+        (path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=words):
         checkpoint.load_model(path)
 
 
-@pytest.mark.parametrize("name,words", [("nowhere/at/all", "does not exist"), ("no-such-model", "not on the hub")])
+@pytest.mark.parametrize("name,words", [("no/where/at/all", "is no checkpoint"), ("no-such-model", "from the hub"), ("tests/modle", "is no checkpoint")])
 def test_a_name_that_is_nothing_is_one_line(name, words):
     with pytest.raises(UserError, match=words):
         storage.resolve(name)
@@ -183,35 +199,18 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     assert caught.value.exit_code == 1 and list(tmp_path.iterdir()) == []
 
 
-def newest_or_format(run_dir):
-    """The latest checkpoint, or None for one of another format, which a flipped byte can look like."""
-    try:
-        return storage.latest(run_dir)
-    except storage.FormatError:
-        return None
-
-
-def test_a_checkpoint_of_a_newer_format_is_neither_read_nor_passed_over(tmp_path):
-    for step in (1, 2):
-        checkpoint.save(tmp_path / f"step-{step:08d}", random_model(n_layer=1), "bytes", 0)
-    manifest = tmp_path / "step-00000002" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(UserError, match="has format 2, this code reads format 1"):
-        storage.latest(tmp_path)
-
-
 def test_a_run_whose_checkpoints_are_all_damaged_is_left_alone(tmp_path):
     checkpoint.save(tmp_path / "step-00000001", random_model(n_layer=1), "bytes", 0)
     (tmp_path / "step-00000001" / "manifest.json").write_text("[]")
     for resume in (True, "auto"):
-        with pytest.raises(UserError, match=r"no usable checkpoint .*found 1 damaged.*remove them"):
+        with pytest.raises(UserError, match=r"no usable checkpoint .*1 damaged.*change out_dir"):
             checkpoint.to_resume(tmp_path, resume)
     assert (tmp_path / "step-00000001" / "model.safetensors").exists()
 
 
 @settings(max_examples=30)
 @given(
-    states=st.lists(st.sampled_from(["whole", "no manifest", "short", "foreign", "trash"]), max_size=6),
+    states=st.lists(st.sampled_from(["whole", "no manifest", "foreign", "trash"]), max_size=6),
     keep=st.integers(1, 3),
 )
 def test_pruning_keeps_the_newest_whole_ones_and_touches_nothing_else(tmp_path_factory, states, keep):
@@ -221,11 +220,10 @@ def test_pruning_keeps_the_newest_whole_ones_and_touches_nothing_else(tmp_path_f
         (run_dir / name).mkdir()
         (run_dir / name / "a").write_text("abc")
         if state != "no manifest":
-            size = 4 if state == "short" else 3
-            storage.write_json(run_dir / name / "manifest.json", {"format": 1, "files": {"a": [size, "0" * 64]}})
+            storage.write_json(run_dir / name / "manifest.json", {"format": 1, "files": {"a": [3, "0" * 64]}})
         whole += [name] * (state == "whole")
     before = {path.name for path in run_dir.iterdir()}
-    storage.prune(run_dir, keep)
+    storage.prune(run_dir, keep, run_dir / 'none')
     assert {path.name for path in run_dir.iterdir()} == before - set(whole[:-keep])
 
 
@@ -255,19 +253,10 @@ def test_any_flipped_byte_and_any_truncation_is_seen_and_the_older_checkpoint_ta
     file.write_bytes(damaged)
     try:
         # a byte of the manifest may change without changing its meaning
-        harmless = file.name == "manifest.json" and newest_or_format(run_dir) == newest
-        assert harmless or newest_or_format(run_dir) in (run_dir / "step-00000001", None)
+        harmless = file.name == "manifest.json" and storage.latest(run_dir) == newest
+        assert harmless or storage.latest(run_dir) in (run_dir / "step-00000001", None)
         assert not harmless or json.loads(damaged)["files"] == json.loads(content)["files"]
     finally:
         file.write_bytes(content)
 
 
-def test_the_streaming_writer_makes_what_the_library_reads(tmp_path):
-    tensors = {
-        "a": torch.randn(3, 5), "b": torch.randn(4, 4).bfloat16(), "c": torch.arange(7), "d": torch.tensor(2.0),
-        "e": torch.randn(2, 3).T, "f": torch.zeros(0, 4), "g": torch.tensor([True, False]),
-    }  # fmt: skip
-    storage.write_tensors(tmp_path / "model.safetensors", tensors, tensors.get)
-    loaded = load_file(tmp_path / "model.safetensors")
-    assert loaded.keys() == tensors.keys()
-    assert all(torch.equal(loaded[k], tensors[k]) and loaded[k].dtype == tensors[k].dtype for k in tensors)

@@ -344,7 +344,7 @@ def test_a_compiled_run_equals_an_eager_one_and_its_names_are_clean(data_dir, tm
         (["--max_steps=0"], "max_steps is 0, expected at least 1"),
         (["--vocab_size=100"], "expected ids below vocab_size 100"),
         (["--block_size=1000000", "--tokens_per_step=4000000"], "at least 1000001 tokens"),
-        (["--init_from=no/such/model"], "no/such/model is no checkpoint directory"),
+        (["--init_from=no/such/model"], "no/such/model is no checkpoint, run directory"),
         (["--device=tpu"], "device 'tpu'"),
         (["--resume"], "no usable checkpoint"),
         (["--micro_batch=16"], "--micro_batch=8 divides it"),

@@ -273,7 +273,7 @@ def loop(config: TrainConfig) -> Path:
 
         # ---- guard and log. On all other steps the CPU does not wait for the device
         if step > start_step and (to_log or to_evaluate or to_save):
-            machine.check_finite(optimizer, scaler, grad_norm, storage.steps(out_dir))
+            machine.check_finite(optimizer, scaler, storage.steps(out_dir))
         if to_log:
             if world_size > 1:
                 dist.all_reduce(loss)

@@ -187,12 +187,12 @@ def on_rank_0(function, *arguments):
 # ---- guard and signals
 
 
-def check_finite(optimizer, scaler, grad_norm: torch.Tensor, kept: list[Path]):
+def check_finite(optimizer, scaler, kept: list[Path]):
     """Wait for the device. Raises UserError, exit code 1, if updates were skipped: a non-finite gradient."""
     if scaler.get_scale() < 1 if scaler.is_enabled() else optimizer.found_inf:  # float16 tries smaller scales
         made = int(next(iter(optimizer.state.values()))["step"])  # does not count skipped updates
         raise UserError(
-            f"step {made}: non-finite gradient norm ({grad_norm.item()}), no update was made since; "
+            f"step {made}: non-finite gradient norm, so no update was made since; "
             f"last good checkpoint: {kept[-1] if kept else 'none'}; lower lr or warm up longer",
             exit_code=1,
         )

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, random_model
 
-from plumbing import checkpoint
+from plumbing import checkpoint, tokenizers
 import data
 import train
 from model import GPT
@@ -97,7 +97,7 @@ def test_a_trained_checkpoint_has_the_accuracy_and_likelihoods_that_our_logits_g
     checkpoint.save(tmp_path / "start", start, "bytes", 256)
     settings = TINY | {"n_layer": 3, "max_steps": 2, "lr": 1e-3, "init_from": str(tmp_path / "start")}
     path = train.train(train.TrainConfig(data_dir=str(data_dir), out_dir=str(tmp_path / "run"), **settings))
-    questions, encoding, model = write_task(tmp_path), data.tokenizer("bytes"), checkpoint.load_model(path)
+    questions, encoding, model = write_task(tmp_path), tokenizers.tokenizer("bytes"), checkpoint.load_model(path)
     ours = our_log_likelihoods(model, encoding, questions)
     found_accuracy, found = lm_eval(path, tmp_path)
     torch.testing.assert_close(found, ours, rtol=0, atol=1e-4)
@@ -116,7 +116,7 @@ def test_a_padded_gpt2_vocabulary_is_scored_as_our_logits_score_it(tmp_path):
     model = random_model(vocab_size=50304, block_size=32, dtype=torch.float32, scale_attn_by_inverse_layer_idx=True)
     checkpoint.save(tmp_path / "padded", model, "gpt2", 50256)
     questions = write_task(tmp_path)
-    ours = our_log_likelihoods(model, data.tokenizer("gpt2"), questions)
+    ours = our_log_likelihoods(model, tokenizers.tokenizer("gpt2"), questions)
     found_accuracy, found = lm_eval(tmp_path / "padded", tmp_path)
     torch.testing.assert_close(found, ours, rtol=0, atol=1e-4)
     assert found_accuracy == pytest.approx(accuracy(ours, questions))

@@ -1,4 +1,4 @@
-"""prepare_data.py: the same bytes however it is run, complete or absent, every file format. Offline, real files.
+"""prepare_data.py: the same bytes however it is run, complete or absent, every format. Offline, real files.
 
 python -m pytest tests/test_prepare_data.py -q
 """
@@ -168,25 +168,20 @@ def test_a_million_spaces_are_encoded_in_pieces():
 
 
 def test_a_document_that_cannot_be_encoded_is_named(tmp_path, capsys, monkeypatch):
-    class Encoding:
-        name, n_vocab, eot_token = "broken", 257, 256
+    def fail(text, encoding):
+        raise ValueError("Max stack size exceeded")
 
-        def encode_to_numpy(self, text, disallowed_special):
-            raise ValueError("Max stack size exceeded")
-
-    monkeypatch.setattr(prepare_data, "tokenizer", lambda name: Encoding())
-    (tmp_path / "a.txt").write_text("first\nsecond\n")
-    code = prepare("files", tmp_path / "a.txt", "--sample_by=line", f"--out={tmp_path / 'out'}")
-    error = last_line(capsys, code)
-    assert "document 'first'" in error or "document 'second'" in error
-    assert "Max stack size exceeded" in error
+    monkeypatch.setattr(prepare_data, "encode", fail)
+    (tmp_path / "a.txt").write_text("two words\n")
+    error = last_line(capsys, prepare("files", tmp_path / "a.txt", f"--out={tmp_path / 'out'}"))
+    assert "document 'two words\\n': ValueError: Max stack size exceeded" in error
 
 
 # ---- formats
 
 
 def write_files(folder):
-    """The documents one, two, three in every format, each with other columns in one of two files, and an empty file."""
+    """Three documents in every format, with different other columns, and an empty file of each."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -218,8 +213,8 @@ def write_files(folder):
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "txt", "md", "gz"])
 def test_every_format_gives_its_documents_from_paths_folders_and_globs(tmp_path, kind):
     texts = write_files(tmp_path / "in")
-    ways = ([tmp_path / "in" / kind], [f"{tmp_path}/in/{kind}/*.*"], [f"{tmp_path}/in/**/*.{kind}"])
-    for i, paths in enumerate([*ways[:2], sorted((tmp_path / "in" / kind).iterdir())]):
+    folder = tmp_path / "in" / kind
+    for i, paths in enumerate(([folder], [f"{folder}/*.*"], sorted(folder.iterdir()))):
         assert prepare("files", *paths, "--val_fraction=0.3", f"--out={tmp_path / str(i)}") == 0
         assert texts_of(tmp_path / str(i)) == texts
     assert token_files(tmp_path / "0") == token_files(tmp_path / "1") == token_files(tmp_path / "2")
@@ -255,7 +250,6 @@ def test_files_of_one_name_or_an_edited_file_are_not_mixed_up_in_the_cache(tmp_p
         ("b.jsonl", '{"text": "a"}\n'.encode("utf-16"), "b.jsonl: not read as .jsonl"),
         ("b.jsonl", gzip.compress(b"\xff\xfe\x00"), "b.jsonl: not read as .jsonl"),
         ("b.txt", "text\n".encode("utf-16"), "b.txt: not read as .txt"),
-        ("b.txt.gz", "not zipped", "found kinds .txt"),
         ("b.json", '[{"text":', "b.json: not read as .json"),
         ("b.json", '[{"body": "b"}]', "set --text_column"),
         ("b.csv", "body\nb\n", "b.csv: not read as .csv with 'text'"),
@@ -269,10 +263,8 @@ def test_a_corpus_that_is_wrong_is_one_line_and_leaves_nothing_that_looks_finish
     tmp_path, capsys, name, content, words
 ):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    paths = [tmp_path / name]
-    if "found kinds .txt" in words:  # .txt.gz counts as .txt, so this one is only named twice
-        paths *= 2
-    error = last_line(capsys, prepare("files", *paths, "--val_fraction=0.2", f"--out={tmp_path / 'out'}"))
+    arguments = ["files", tmp_path / name, "--val_fraction=0.2", f"--out={tmp_path / 'out'}"]
+    error = last_line(capsys, prepare(*arguments))
     assert words in error and not [path.name for path in (tmp_path / "out").glob("[!.]*")]
 
 
@@ -285,17 +277,16 @@ def test_of_several_files_the_one_at_fault_is_named(tmp_path, capsys):
         assert f"in/{kind}/bad.{kind}: not read as .{kind}" in last_line(capsys, code)
 
 
-def test_the_same_file_by_two_spellings_or_two_kinds_at_once_are_refused(tmp_path, capsys):
+def test_the_same_file_by_two_spellings_and_files_of_two_kinds_are_refused(tmp_path, capsys):
     write_files(tmp_path / "in")
-    (tmp_path / "in/link.txt").symlink_to(tmp_path / "in/txt/a.txt")
-    again = [tmp_path / "in/txt/a.txt", tmp_path / "in/link.txt", f"{tmp_path}/in/md/../txt/*.txt"]
-    for paths, words in (
-        (again[:2], "1 named more than once"),
-        (again[::2], "1 named more"),
-        ([tmp_path], ".csv .gz"),
-    ):
-        error = last_line(capsys, prepare("files", *paths, f"--out={tmp_path / 'out'}"))
-        assert words in error or ".csv .json .jsonl .md .parquet .txt" in error
+    a, link = tmp_path / "in/txt/a.txt", tmp_path / "link.txt"
+    link.symlink_to(a)
+    for paths in ([a, a], [a, link], [a, f"{tmp_path}/in/md/../txt/*.txt"]):
+        assert "1 named more than once" in last_line(
+            capsys, prepare("files", *paths, f"--out={tmp_path / 'out'}")
+        )
+    error = last_line(capsys, prepare("files", tmp_path / "in", f"--out={tmp_path / 'out'}"))
+    assert "found kinds .csv .json .jsonl .md .parquet .txt" in error
 
 
 @pytest.mark.parametrize(
@@ -317,14 +308,13 @@ def test_a_mistake_in_the_command_is_one_line(tmp_path, capsys, arguments, words
 
 
 def test_the_default_corpus_needs_nothing_but_python_and_no_torch(tmp_path):
-    script = f"import runpy, sys; sys.argv = ['p', 'python', '--out={tmp_path / 'python'}']; sys.path.insert(0, '.');"
-    check = "runpy.run_path('prepare_data.py', run_name='__main__'); print({'torch', 'datasets'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", script + check], cwd=ROOT, capture_output=True, text=True)
+    script = f"import sys, prepare_data; sys.argv = ['', 'python', '--out={tmp_path}']; prepare_data.main()"
+    script += "; print({'torch', 'datasets'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("set()\n"), done.stderr
-    meta = data.verify(tmp_path / "python")
-    assert meta["splits"]["train"]["tokens"] > 5_000_000
-    first = bytes(np.fromfile(tmp_path / "python/train.bin", "<u2", 30).tolist()).decode()
-    assert repr(first)[1:-1] in done.stdout and f"{meta['splits']['val']['tokens']:,} tokens" in done.stdout
+    assert data.verify(tmp_path)["splits"]["train"]["tokens"] > 5_000_000
+    first = bytes(np.fromfile(tmp_path / "train.bin", "<u2", 30).tolist()).decode()
+    assert repr(first)[1:-1] in done.stdout  # a person sees what was read
 
 
 def test_a_second_run_is_up_to_date_and_other_arguments_or_files_are_refused(tmp_path, capsys):
@@ -362,7 +352,7 @@ def test_two_preparations_of_one_directory_do_not_meet(tmp_path, data_dir, capsy
 
 
 def test_kills_at_random_moments_leave_the_bytes_of_an_uninterrupted_run(tmp_path, documents):
-    lines = [json.dumps({"text": f"{i} {documents[i % 60]}"}) + "\n" for i in range(20_000)]  # 30 MB
+    lines = [json.dumps({"text": f"{i} {documents[i % 60]}"}) + "\n" for i in range(8000)]  # 12 MB
     (tmp_path / "corpus.jsonl").write_text("".join(lines))
     arguments = ["prepare_data.py", "files", tmp_path / "corpus.jsonl", f"--out={tmp_path / 'out'}"]
     moments = random.Random(1337)
@@ -372,7 +362,7 @@ def test_kills_at_random_moments_leave_the_bytes_of_an_uninterrupted_run(tmp_pat
         )
         while not list(tmp_path.glob("out/*.partial")) and process.poll() is None:  # until it writes
             time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.2))
+        time.sleep(moments.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not (tmp_path / "out/meta.json").exists()

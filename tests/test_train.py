@@ -501,6 +501,6 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_update(data_dir, 
         return clip(parameters, max_norm)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poison)
-    with pytest.raises(UserError, match="step 10: non-finite gradient norm \\(nan\\)") as caught:
+    with pytest.raises(UserError, match="step 10: non-finite gradient norm") as caught:
         run(data_dir, tmp_path / "run")
     assert caught.value.exit_code == 1 and storage.latest(tmp_path / "run").name == "step-00000010"

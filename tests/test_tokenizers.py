@@ -1,4 +1,4 @@
-"""hf_tokenizer.py: transformers reads from a checkpoint the ids that the model was trained on."""
+"""tokenizers.py: transformers reads from a checkpoint the ids that the model was trained on."""
 
 import json
 import os
@@ -13,9 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from plumbing import checkpoint
-import data
-import hf_tokenizer
-from plumbing import storage
+from plumbing import storage, tokenizers
 from plumbing.configurator import UserError
 from inherit import inherit
 
@@ -29,7 +27,7 @@ TEXTS = st.one_of(st.text(), st.lists(st.one_of(ODD, st.text(max_size=3)), max_s
 def load(folder, encoding, name: str):
     """transformers' tokenizer of the files written for an encoding, beside a config.json as in a checkpoint."""
     storage.write_json(folder / "config.json", checkpoint.hf_config(random_model().config, name, encoding.eot_token))
-    for file, content in hf_tokenizer.files(name, 16).items():
+    for file, content in tokenizers.hf_files(name, 16).items():
         storage.write_json(folder / file, content)
     return AutoTokenizer.from_pretrained(folder)
 
@@ -40,14 +38,14 @@ def pair(request, tmp_path_factory):
     if request.param == "gpt2" and not os.environ.get("TIKTOKEN_CACHE_DIR"):
         pytest.skip("needs TIKTOKEN_CACHE_DIR with GPT-2's files, since tests use no network")
     if request.param != "small":
-        encoding = data.tokenizer(request.param)
+        encoding = tokenizers.tokenizer(request.param)
         return encoding, load(tmp_path_factory.mktemp(request.param), encoding, request.param)
     encoding = small_encoding(request.getfixturevalue("documents"))[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_tokenizer, "tokenizer", lambda _: encoding)
-        hf_tokenizer.files.cache_clear()
+        patch.setattr(tokenizers, "tokenizer", lambda _: encoding)
+        tokenizers.hf_files.cache_clear()
         tokenizer = load(tmp_path_factory.mktemp("small"), encoding, "gpt2")
-        hf_tokenizer.files.cache_clear()
+        tokenizers.hf_files.cache_clear()
     return encoding, tokenizer
 
 
@@ -58,26 +56,26 @@ def small_encoding(documents) -> tuple[tiktoken.Encoding, list[str]]:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     learner.train_from_iterator(documents, trainers.BpeTrainer(vocab_size=556, initial_alphabet=alphabet))
     model = json.loads(learner.to_str())["model"]
-    byte = {letter: bytes([i]) for i, letter in enumerate(hf_tokenizer.byte_letters())}
+    byte = {letter: bytes([i]) for i, letter in enumerate(tokenizers.byte_letters())}
     ranks = {b"".join(byte[letter] for letter in token): rank for token, rank in model["vocab"].items()}
-    special = {data.END_OF_TEXT: len(ranks)}
+    special = {tokenizers.END_OF_TEXT: len(ranks)}
     encoding = tiktoken.Encoding("small", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
     return encoding, [" ".join(merge) for merge in model["merges"]]
 
 
 def test_the_letters_of_the_bytes_are_those_of_tokenizers():
-    assert sorted(hf_tokenizer.byte_letters()) == sorted(pre_tokenizers.ByteLevel.alphabet())
+    assert sorted(tokenizers.byte_letters()) == sorted(pre_tokenizers.ByteLevel.alphabet())
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     for text in ("a", " ", "\n", "é", "😀", "\x7f", "\xad"):
-        expected = "".join(hf_tokenizer.byte_letters()[byte] for byte in text.encode())
+        expected = "".join(tokenizers.byte_letters()[byte] for byte in text.encode())
         assert words.pre_tokenize_str(text)[0][0] == expected
 
 
 def test_merges_are_recovered_from_ranks_as_they_were_learned(documents):
     encoding, merges = small_encoding(documents)
     assert len(merges) == 300
-    letters, ranks = hf_tokenizer.byte_letters(), encoding._mergeable_ranks
-    pairs = [hf_tokenizer.halves(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    letters, ranks = tokenizers.byte_letters(), encoding._mergeable_ranks
+    pairs = [tokenizers.halves(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
     assert [" ".join("".join(letters[byte] for byte in half) for half in pair) for pair in pairs] == merges
 
 
@@ -92,7 +90,7 @@ def test_any_text_has_the_ids_of_the_training_data_and_comes_back(pair, text):
 def test_end_of_text_and_length_are_those_of_the_model(pair):
     encoding, tokenizer = pair
     assert tokenizer.eos_token_id == tokenizer.bos_token_id == encoding.eot_token
-    assert tokenizer.decode([encoding.eot_token]) == data.END_OF_TEXT
+    assert tokenizer.decode([encoding.eot_token]) == tokenizers.END_OF_TEXT
     assert len(tokenizer) == encoding.n_vocab and tokenizer.model_max_length == 16
 
 
@@ -111,15 +109,15 @@ def test_a_vocabulary_padded_beyond_the_tokenizer_s_is_no_matter(tmp_path):
     assert len(tokenizer) == 257 and model(tokenizer("abc", return_tensors="pt").input_ids).shape == (1, 3, 320)
 
 
-@pytest.mark.parametrize("name,words", [("gpt2", "no network"), ("cl100k_base", "no tokenizer.json for 'cl100k_base'")])
+@pytest.mark.parametrize("name,words", [("gpt2", "no tokenizer.json for 'gpt2'"), ("cl100k_base", "no tokenizer.json for 'cl100k_base'")])
 def test_a_tokenizer_that_cannot_be_had_is_a_warning_and_the_model_is_saved(tmp_path, monkeypatch, capsys, name, words):
     def unreachable(_):
         raise UserError("no network")
 
-    monkeypatch.setattr(hf_tokenizer, "tokenizer", unreachable)
-    hf_tokenizer.files.cache_clear()
+    monkeypatch.setattr(tokenizers, "tokenizer", unreachable)
+    tokenizers.hf_files.cache_clear()
     for step in ("1", "2"):
         checkpoint.save(tmp_path / step, random_model(dtype=torch.float32), name, 0)
-    hf_tokenizer.files.cache_clear()
+    tokenizers.hf_files.cache_clear()
     assert capsys.readouterr().out.count(words) == 1  # tried once a run
     assert not (tmp_path / "2" / "tokenizer.json").exists() and storage.verify(tmp_path / "2") is None

@@ -1,4 +1,4 @@
-"""objective.py and what train.py does with it: schedules, the checkpoint before the decay, distillation, moments."""
+"""What a step of train.py is made of: schedule, distillation, AdamW's moments, one update, the guard against NaN."""
 
 import math
 
@@ -9,14 +9,15 @@ from conftest import TINY, call_script, options, random_model, read_metrics
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from test_train import equal
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from plumbing import checkpoint
 import inherit
-import objective
-from plumbing import storage
 import train
+from plumbing import checkpoint, machine, storage
 from plumbing.configurator import UserError
+from train import TrainConfig, make_optimizer, train_step
 
 
 def run(data_dir, out_dir, **changes):
@@ -48,22 +49,17 @@ def test_wsd_warms_up_is_stable_and_decays_linearly(max_steps, decay_fraction, w
 
 
 def test_a_longer_run_is_the_same_until_it_decays(data_dir, tmp_path):
-    """So what its last stable checkpoint is gone on from, with the moments, is the longer run itself."""
+    """So a run that continues from its last stable checkpoint, with the moments, is the longer run itself."""
     changes = {"schedule": "wsd", "eval_interval": 5, "save_interval": 5}
     short = tmp_path / "short"
     run(data_dir, short, max_steps=10, decay_fraction=0.5, keep_checkpoints=1, **changes)
     assert [path.name for path in storage.steps(short)] == ["step-00000005", "step-00000010"]  # pruned, but for stable
-    stable = checkpoint.last_stable(short)
-    assert stable.name == "step-00000005" and (stable / "val_losses.json").exists()
+    stable = short / "step-00000005"
+    assert (stable / "val_losses.json").exists()
     run(data_dir, tmp_path / "long", max_steps=20, decay_fraction=0.5, **changes)
     for name in ("model", "optimizer"):
         theirs, ours = (load_file(path / f"{name}.safetensors") for path in (tmp_path / "long/step-00000005", stable))
         assert all(torch.equal(theirs[key], ours[key]) for key in ours)
-
-
-def test_without_a_stable_rate_there_is_no_stable_checkpoint(reference):
-    with pytest.raises(UserError, match="keeps no checkpoint of a stable rate; train it with --schedule=wsd"):
-        checkpoint.last_stable(reference)
 
 
 # ---- distillation
@@ -82,7 +78,7 @@ def test_the_loss_is_its_definition(seed, alpha, tau):
             kl = sum(pi / sum(p) * math.log(pi / sum(p) / (qi / sum(q))) for pi, qi in zip(p, q, strict=True))
             cross_entropy = -torch.log_softmax(logits[b, t], 0)[targets[b, t]].item()
             expected += (alpha * cross_entropy + (1 - alpha) * tau**2 * kl) / 10
-    found = objective.distillation_loss(logits, targets, teacher, alpha, tau)
+    found = train.distillation_loss(logits, targets, teacher, alpha, tau)
     assert found.item() == pytest.approx(expected, rel=1e-12)
 
 
@@ -93,9 +89,9 @@ def test_a_teacher_equal_to_the_student_gives_kl_zero_and_the_plain_gradient():
     F.cross_entropy(plain(idx).flatten(0, 1), targets.flatten()).backward()
     with torch.no_grad():
         teacher_logits = random_model()(idx)
-    divergence = objective.distillation_loss(taught(idx), targets, teacher_logits, 0.0, 2.0)
+    divergence = train.distillation_loss(taught(idx), targets, teacher_logits, 0.0, 2.0)
     assert abs(divergence.item()) < 1e-14
-    (objective.distillation_loss(taught(idx), targets, teacher_logits, 0.25, 2.0) / 0.25).backward()
+    (train.distillation_loss(taught(idx), targets, teacher_logits, 0.25, 2.0) / 0.25).backward()
     for p, q in zip(plain.parameters(), taught.parameters(), strict=True):
         assert (p.grad - q.grad).abs().max() < 1e-12 and p.grad.abs().max() > 1e-6
 
@@ -114,20 +110,12 @@ def test_alpha_one_is_plain_training_bit_for_bit_and_half_is_not(reference, data
     assert any(not torch.equal(weights["plain"][key], weights["half"][key]) for key in weights["plain"])
 
 
-def test_the_teacher_s_forward_pass_and_its_training_are_counted(reference, data_dir, tmp_path):
+def test_the_teacher_s_forward_pass_is_counted(reference, data_dir, tmp_path):
     teacher = checkpoint.load_model(reference).config
     path = run(data_dir, tmp_path / "taught", teacher=str(reference), max_steps=4)
     student = checkpoint.load_model(path).config
     own = storage.read_json(path / "trainer_state.json")
     assert own["flops"] == 4 * 256 * (student.flops_per_token() + teacher.flops_per_token() // 3)
-    theirs = storage.read_json(storage.latest(reference) / "trainer_state.json")
-    assert checkpoint.cost(path) == {key: own[key] + theirs[key] for key in ("tokens", "flops")}
-    # a reference that is also the teacher is counted once
-    half = inherit.inherit(reference, "0:2", tmp_path / "half")
-    both = run(
-        data_dir, tmp_path / "both", init_from=str(half), teacher=str(reference), max_steps=4, **shape_of_source()
-    )
-    assert checkpoint.cost(both)["tokens"] == (4 + 20) * 256
 
 
 def test_a_distilled_run_resumes_exactly_and_with_its_own_teacher_only(reference, data_dir, tmp_path):
@@ -146,14 +134,10 @@ def test_a_distilled_run_resumes_exactly_and_with_its_own_teacher_only(reference
 @pytest.mark.parametrize(
     "changes,words",
     [
-        ({"vocab_size": 300}, "has vocab_size 257, the student 300; they must be equal"),
-        ({"block_size": 16}, "has block_size 32, the student 16"),
-        ({"alpha": 1.5}, "alpha is 1.5, expected 0 to 1"),
-        ({"tau": 0.0}, "tau is 0.0, expected 0.001 to"),
-        ({"teacher": "nowhere/at/all"}, "nowhere/at/all does not exist"),
-        ({"schedule": "linear"}, "invalid choice"),
-        ({"decay_fraction": "nan"}, "decay_fraction is nan"),
-        ({"schedule": "wsd", "decay_fraction": 0.95}, "warmup_steps 2 end after the decay begins, at step 1"),
+        ({"vocab_size": 300}, "vocab_size: checkpoint 257, settings 300"),
+        ({"block_size": 16}, "block_size: checkpoint 32, settings 16"),
+        ({"teacher": "tests/at/all"}, "tests/at/all is no checkpoint"),
+        ({"schedule": "wsd", "decay_fraction": 0.95}, "a warm-up of at most 1 steps"),
     ],
 )
 def test_a_mistake_is_one_line(reference, data_dir, tmp_path, capsys, changes, words):
@@ -183,7 +167,7 @@ def test_all_layers_with_their_moments_go_on_as_the_run_itself(data_dir, tmp_pat
 
 def test_each_moment_comes_from_the_layer_of_its_weights(reference, tmp_path):
     theirs = load_file(storage.latest(reference) / "optimizer.safetensors")
-    out = inherit.inherit(reference, "2,0", tmp_path / "out", parts="attn,ln", moments=True)
+    out = inherit.inherit(reference, "2,0", tmp_path / "out", parts="ln_1,attn,ln_2", moments=True)
     ours = load_file(out / "optimizer.safetensors")
     for key, tensor in ours.items():
         source = key.replace(".h.0.", ".h.2.") if ".h.0." in key else key.replace(".h.1.", ".h.0.")
@@ -195,7 +179,7 @@ def test_each_moment_comes_from_the_layer_of_its_weights(reference, tmp_path):
 
 def test_moments_that_are_not_there_are_missed(tmp_path):
     checkpoint.save(tmp_path / "weights", random_model(), "bytes", 0)
-    with pytest.raises(UserError, match="has no optimizer.safetensors, so no moments"):
+    with pytest.raises(UserError, match="optimizer.safetensors: not found"):
         inherit.inherit(tmp_path / "weights", "0:2", tmp_path / "out", moments=True)
     assert not (tmp_path / "out").exists()
 
@@ -209,3 +193,135 @@ def test_the_log_of_a_distilled_run_has_the_plain_validation_loss(reference, dat
         x, y = train.data.windows(tokens, np.array([start]), 32)
         losses.append(model(x, y).item())
     assert last == pytest.approx(sum(losses) / len(losses), abs=1e-6)
+
+
+# ---- one update, and the guard against a gradient that is not finite
+
+
+OFF = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def updated(model, optimizer, poison=0.0, grad_clip=1.0) -> torch.Tensor:
+    """One update from a gradient of ones, its first element plus `poison`; the norm."""
+
+    def loss_of(x, y, is_last):
+        return sum(p.sum() for p in model.parameters()) + poison * model.transformer.wpe.weight[0, 0]
+
+    return train_step(model, optimizer, OFF, grad_clip, loss_of, [(None, None)], 1)[1]
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_nothing_is_changed_after_it(poison):
+    model = random_model(dtype=torch.float32)
+    optimizer = make_optimizer(model, TrainConfig(lr=0.1))
+    updated(model, optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    moments = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in model.parameters()]
+    updated(model, optimizer, poison)
+    updated(model, optimizer)
+    for p, weights, state in zip(model.parameters(), before, moments, strict=True):
+        assert torch.equal(p, weights)
+        assert all(torch.equal(optimizer.state[p][key], state[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+    with pytest.raises(UserError, match="step 1: non-finite gradient norm"):  # after one good update
+        machine.check_finite(optimizer, OFF, [])
+
+
+def test_without_clipping_the_gradient_reaches_adamw_as_it_is():
+    for grad_clip, expected in ((0, 1.0), (1e-3, 1e-3)):
+        model = random_model(dtype=torch.float32)
+        optimizer = make_optimizer(model, TrainConfig())
+        norm = updated(model, optimizer, grad_clip=grad_clip)
+        share = expected if grad_clip == 0 else grad_clip / norm.item()  # of each element, which is 1
+        moment = optimizer.state[model.transformer.wpe.weight]["exp_avg"]
+        assert moment.mean().item() == pytest.approx(0.1 * share, rel=1e-3)  # 1 - beta1
+
+
+def test_without_a_mishap_the_guard_changes_no_bit():
+    ours, plain = random_model(dtype=torch.float32), random_model(dtype=torch.float32)
+    guarded = make_optimizer(ours, TrainConfig())
+    optimizer = torch.optim.AdamW(plain.param_groups(0.1), lr=TrainConfig.lr, betas=(0.9, 0.95), fused=True)
+    for _ in range(3):
+        updated(ours, guarded)
+        for parameter in plain.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), plain.parameters(), strict=True))
+
+
+def poisoned(monkeypatch, bad_step: int):
+    """From now on the gradient of update `bad_step` is not finite, those of the others are."""
+    clip, made = torch.nn.utils.clip_grad_norm_, []
+
+    def poison(parameters, max_norm):
+        parameters = list(parameters)
+        if len(made) == bad_step:
+            parameters[0].grad[0, 0] = math.nan
+        made.append(1)
+        return clip(parameters, max_norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poison)
+    return made
+
+
+@pytest.mark.parametrize(
+    "intervals",
+    [{"log_interval": 6}, {"eval_interval": 6, "log_interval": 99}, {"save_interval": 6, "log_interval": 99}],
+)
+def test_a_bad_gradient_is_found_with_its_step_before_anything_is_logged_evaluated_or_saved(
+    data_dir, tmp_path, monkeypatch, intervals
+):
+    made = poisoned(monkeypatch, bad_step=3)
+    with pytest.raises(UserError, match="step 3: non-finite gradient norm") as caught:
+        run(data_dir, tmp_path / "run", **intervals)
+    assert caught.value.exit_code == 1 and len(made) == 6 and storage.steps(tmp_path / "run") == []
+
+
+def test_a_stop_right_after_a_bad_gradient_saves_nothing(data_dir, tmp_path, monkeypatch):
+    made = poisoned(monkeypatch, bad_step=3)
+    monkeypatch.setattr(train.machine, "stop_requested", lambda: 15 if len(made) == 5 else 0)
+    with pytest.raises(UserError, match="step 3: non-finite"):
+        run(data_dir, tmp_path / "run", log_interval=99)
+    assert storage.steps(tmp_path / "run") == []
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the CPU wait for a GPU: a tensor's value read as a number, or copied to the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("log_interval,per_log", [(99, False), (1, True)])
+def test_more_steps_read_no_more_numbers_unless_they_are_logged(data_dir, tmp_path, log_interval, per_log):
+    counts = []
+    for max_steps in (4, 8):
+        settings = {"max_steps": max_steps, "eval_interval": 99, "save_interval": 99, "log_interval": log_interval}
+        with Waits() as waits:
+            run(data_dir, tmp_path / f"{max_steps}", **settings)
+        counts.append(waits.count)
+    assert (counts[1] > counts[0]) is per_log
+
+
+def test_gradient_checkpointing_changes_no_bit_and_keeps_less(data_dir, tmp_path):
+    plain, frugal = (run(data_dir, tmp_path / f"{on}", max_steps=4, gradient_checkpointing=on) for on in (False, True))
+    assert equal(plain, frugal)
+    kept = []
+    for frugal in (False, True):
+        model, found = random_model(n_layer=6), {}
+
+        def keep(tensor, found=found):
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        model.gradient_checkpointing = frugal
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(torch.zeros(4, 16, dtype=torch.long), torch.zeros(4, 16, dtype=torch.long))
+        kept.append(sum(found.values()) - sum(p.numel() * p.element_size() for p in model.parameters()))
+        loss.backward()
+    assert kept[1] < kept[0] / 3

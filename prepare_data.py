@@ -120,10 +120,12 @@ def load(column: str, path: str, name: str | None = None, num_proc: int = 1, **o
     if path in ("csv", "parquet"):  # they can leave the other columns unread
         options["features"] = datasets.Features({column: datasets.Value("string")})
     # the cache knows a directory by its last name alone, whatever it holds: its copy is always made anew
-    mode = "force_redownload" if os.path.isdir(path) else None
+    anew = (
+        {"download_mode": "force_redownload", "verification_mode": "no_checks"} if os.path.isdir(path) else {}
+    )
     try:
         builder = datasets.load_dataset_builder(path, name, **options)
-        builder.download_and_prepare(num_proc=num_proc, download_mode=mode)
+        builder.download_and_prepare(num_proc=num_proc, **anew)
         if not builder.info.splits["train"].num_examples:
             return [], builder.hash
         return builder.as_dataset(split="train").select_columns([column]).data.column(0), builder.hash

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -251,6 +252,7 @@ def test_files_of_one_name_or_an_edited_file_are_not_mixed_up_in_the_cache(tmp_p
         ("b.jsonl", gzip.compress(b"\xff\xfe\x00"), "b.jsonl: not read as .jsonl"),
         ("b.txt", "text\n".encode("utf-16"), "b.txt: not read as .txt"),
         ("b.json", '[{"text":', "b.json: not read as .json"),
+        ("b.json", "[]", "val: found 0 tokens in 0 of 0 documents, expected some; add documents"),
         ("b.json", '[{"body": "b"}]', "set --text_column"),
         ("b.csv", "body\nb\n", "b.csv: not read as .csv with 'text'"),
         ("b.parquet", "nonsense", "b.parquet: not read as .parquet with 'text': ArrowInvalid"),
@@ -425,16 +427,17 @@ def test_fineweb_edu_is_read_by_config_name(tmp_path, repository, documents):
         assert meta["splits"]["val"]["documents"] == 1  # nanoGPT's 0.0005
 
 
-def test_a_directory_of_the_same_name_with_other_documents_is_a_different_corpus(tmp_path, documents):
+def test_a_directory_of_the_same_name_with_other_documents_is_a_different_corpus(
+    tmp_path, repository, documents
+):
     import datasets
 
-    for i in range(2):
-        rows = documents[3 * i : 3 * i + 3]
-        (tmp_path / str(i) / "copy").mkdir(parents=True)
-        datasets.Dataset.from_dict({"text": rows}).to_parquet(tmp_path / str(i) / "copy/a.parquet")
-        arguments = ["fineweb-edu", f"--repository={tmp_path / str(i) / 'copy'}", "--config_name=default"]
-        assert prepare(*arguments, "--tokenizer=bytes", f"--out={tmp_path / f'out{i}'}") == 0
-        assert texts_of(tmp_path / f"out{i}") == sorted(rows)
+    copy = shutil.copytree(repository, tmp_path / repository.name)
+    datasets.Dataset.from_dict({"text": ["new"], "id": ["x"]}).to_parquet(copy / "10BT/000_00000.parquet")
+    for folder, expected in ((repository, documents[:30]), (copy, ["new", *documents[10:30]])):
+        out = folder.parent / "out"
+        assert prepare("fineweb-edu", f"--repository={folder}", "--tokenizer=bytes", f"--out={out}") == 0
+        assert texts_of(out) == sorted(expected)
 
 
 def test_the_first_place_with_all_of_openwebtext_is_taken_and_its_counts_are_checked(

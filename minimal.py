@@ -4,9 +4,8 @@
     python minimal.py --steps=20     # a few seconds, to see that it works
 
 In the later layers of a trained GPT, attention often degenerates to rank 1: those layers have become "lazy".
-Inheritune starts a smaller model from the first layers of a trained one, trains it, and grows it until it matches.
-Here the models are tiny and read Python's source byte by byte; at that scale few layers become lazy. The model is
-in model.py. The same steps at the paper's scale: train.py, analyze_attention.py, inherit.py, inheritune.py.
+Inheritune starts a smaller model from the first layers of a trained one, trains it, and grows it until it
+matches. Here the models are tiny and read Python's source byte by byte. At that scale few layers become lazy.
 
 B batch   T time   nh heads   N sequences
 """
@@ -26,13 +25,11 @@ B, T = 8, 128  # windows a step, bytes a window
 CONFIG = GPTConfig(n_layer=8, n_head=4, n_embd=128, block_size=T, vocab_size=256)  # the reference
 LR, LR_END = 2e-3, 1e-5  # a peak that suits this width; the paper's cosine ends at 1e-5 too
 SEED = 1337
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 cpu_features = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may lack it
 BF16 = DEVICE == "cuda" or any("bf16" in name and found for name, found in cpu_features.items())
 
-# ---- Data: the Python files of the standard library, one long array of bytes -----------------------------
-
+# ---- Data: the Python files of the standard library, one long array of bytes
 stdlib = Path(sysconfig.get_path("stdlib"))
 skip = {"test", "tests", "idle_test", "site-packages"}
 files = [path for path in sorted(stdlib.rglob("*.py")) if not skip & set(path.relative_to(stdlib).parts)]
@@ -46,19 +43,18 @@ def windows(source, starts, length=T):
     return tokens[:, :-1], tokens[:, 1:]
 
 
-# ---- Training and evaluation -----------------------------------------------------------------------------
+# ---- Training and evaluation
 
 
 def learning_rate(step, steps):
     """Linear warm-up over a twentieth of the steps, then a cosine from LR to LR_END."""
-    warmup = steps // 20 + 1
-    if step < warmup:
+    if step < (warmup := steps // 20 + 1):
         return LR * (step + 1) / warmup
     return LR_END + (LR - LR_END) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def train(model, steps, name):
-    """AdamW as in the paper, appendix F. Every call draws the same batches: models differ only in their start."""
+    """AdamW as in the paper, appendix F. Every call draws the same batches, so only the starts differ."""
     rng = np.random.default_rng(SEED)
     optimizer = torch.optim.AdamW(model.param_groups(weight_decay=0.1), betas=(0.9, 0.95))
     for step in range(steps):
@@ -83,11 +79,11 @@ def evaluate(model):
     return sum(model(*windows(val_data, starts)).item() for starts in batches) / len(batches)
 
 
-# ---- The paper's measurement and its method --------------------------------------------------------------
+# ---- The paper's measurement and its method
 
 
 def max_rank(model, tau=0.90, N=100, length=100):
-    """MaxRank of each layer (paper, definition G.1). 1.0: every attention matrix has rank 1, the layer is lazy."""
+    """MaxRank of each layer (paper, definition G.1). A layer with 1.0 is lazy."""
     starts = np.random.default_rng(SEED).integers(len(val_data) - length, size=N)
     ranks = []
     for A in model.attention_matrices(windows(val_data, starts, length)[0]):  # (N, nh, T, T), layer by layer
@@ -99,7 +95,7 @@ def max_rank(model, tau=0.90, N=100, length=100):
 
 
 def inherit(reference, k):
-    """Inheritune step 1 (inherit): a model of the reference's embeddings, first k blocks, final norm and head."""
+    """Inheritune step 1 (inherit): the reference's embeddings, first k blocks, final norm and head."""
     target = GPT(replace(reference.config, n_layer=k)).to(DEVICE)
     weights = reference.state_dict()  # the same names in both; the head is the token embedding
     target.load_state_dict({name: weights[name] for name in target.state_dict()})
@@ -112,7 +108,7 @@ def main(steps):
     ranks = {"untrained": max_rank(reference)}
     train(reference, steps, "reference")
     reference_loss, total = evaluate(reference), steps
-    for k in range(CONFIG.n_layer // 2, CONFIG.n_layer + 1, 2):  # Inheritune step 3 (expand): +2 layers a round
+    for k in range(CONFIG.n_layer // 2, CONFIG.n_layer + 1, 2):  # Inheritune step 3 (expand): 2 more layers
         target = train(inherit(reference, k), steps, f"inherited, {k} layers")  # Inheritune step 2 (train)
         total += steps
         if evaluate(target) <= reference_loss:  # it matches
@@ -129,6 +125,6 @@ def main(steps):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="The whole paper in one file.")
     parser.add_argument("--steps", type=int, default=700, help="training steps of each model")
     main(parser.parse_args().steps)

@@ -17,7 +17,6 @@ test: .venv/installed-dev
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
 
 bench: .venv/installed
 	.venv/bin/python bench.py config/demo.toml

@@ -5,7 +5,7 @@
 #   GPUS=1 sh runs/fineweb-gpt2-medium.sh             # 1, 2, 3 or 4
 #   sh runs/fineweb-gpt2-medium.sh --micro_batch=1    # if memory does not suffice; options go to inheritune.py
 #
-# Stop it and start it again: each stage goes on where it was, or is skipped. Any error ends it.
+# You can interrupt it. Rerun it to resume: complete stages are skipped. Any error ends it.
 #
 # ESTIMATED, not measured: nothing here was run on such hardware. Hours of one GPU = FLOPs / (40% of its bf16 peak:
 # H100 989e12 a second, A100 312e12); FLOPs = model.py's flops_per_token x 61,440 tokens x steps.

@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import re
 import shlex
-import tomllib
 
 import pytest
 from conftest import ROOT, TINY, options, run_script
@@ -27,7 +26,7 @@ def test_the_demo_s_commands_work_in_the_order_of_the_readme(tmp_path):
     """In an empty folder, with the preset and the scripts of this repository; what needs the hub is left out."""
     assert len(COMMANDS) >= 5
     for command in COMMANDS:
-        if "gpt2" in command:
+        if "gpt2" in command or "out/mine" in command:  # needs the hub
             continue
         done = run_script(*small(command), cwd=tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
@@ -38,6 +37,7 @@ def documented_commands() -> list[tuple[str, str]]:
     """Every command that the README, a file's docstring or a preset shows: (script, the rest of the line)."""
     texts = [README, *(path.read_text().split('"""')[1] for path in ROOT.glob("*.py"))]
     texts += [path.read_text() for path in (ROOT / "config").glob("*.toml")]
+    texts += [path.read_text() for path in (ROOT / "docs").glob("*.md")]
     pattern = r"(?:python|--nproc_per_node=\d+) (\w+)\.py([^\n#`]*)"
     return sorted({(script, rest) for text in texts for script, rest in re.findall(pattern, text)})
 
@@ -75,7 +75,7 @@ FAULTS = (ROOT / "docs/faults.md").read_text()
 
 
 @pytest.mark.parametrize(
-    "row", [line for line in FAULTS.splitlines() if line.startswith("| ") and "| test |" not in line]
+    "row", [line for line in FAULTS.splitlines() if line.startswith("| ") and "| test |" not in line and "---" not in line]
 )
 def test_every_row_of_the_faults_names_a_test_that_exists(row):
     path, name = re.search(r"`(test_\w+\.py)::(test_\w+)` \|$", row).groups()
@@ -87,28 +87,19 @@ def test_every_function_in_the_readme_exists(path, name):
     assert re.search(rf"(def|class) {name}\b", (ROOT / path).read_text())
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
-def test_no_script_outgrows_its_budget_and_each_opens_with_commands(path):
-    text = path.read_text()
-    assert len(text.splitlines()) <= 350 and text.startswith('"""') and text.split('"""')[1].count("\n    p") >= 1
-
-
 def test_the_readme_fits_its_budget():
-    assert len(README.splitlines()) <= 200
+    assert len(README.splitlines()) <= 120
 
 
+RESULTS = (ROOT / "docs/results.md").read_text()
 STUDIES = {name: (ROOT / f"results/study_cpu/{name}/report.md").read_text() for name in ("python", "english")}
 
 
-@pytest.mark.parametrize("row", re.findall(r"^\| [^|]+ \| [^|]+ \| [+-]0.*$", README, flags=re.MULTILINE))
-def test_the_study_s_numbers_in_the_readme_are_in_its_reports(row):
+@pytest.mark.parametrize("row", re.findall(r"^\| [^|]+ \| [^|]+ \| [+-]0.*$", RESULTS, flags=re.MULTILINE))
+def test_the_study_s_numbers_in_the_results_are_in_its_reports(row):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     for text, cell in zip(STUDIES.values(), cells[2:4], strict=True):
         found = re.findall(r"([+-]\d\.\d{4}) ± (\d\.\d{4}) (?:\||nats)", text)
         assert cell in {f"{float(mean):+.3f} ± {float(error):.3f}" for mean, error in found}
 
 
-def test_the_study_has_a_row_for_each_of_its_arms():
-    arms = tomllib.loads((ROOT / "config/study_cpu.toml").read_text())["inheritune"]["arms"]
-    for text in STUDIES.values():
-        assert all(f"| {arm['name']} " in text for arm in arms) and "seeds 1, 2, 3" in text

@@ -4,9 +4,9 @@
     python bench.py config/demo.toml --against=../nanoGPT      # beside a nanoGPT-like model.py
     torchrun --standalone --nproc_per_node=2 bench.py config/demo.toml --micro_batch=16
 
-The settings are train.py's, and so is the step: train.py:train_step is timed, for ours and for peers. The tokens
-are random, since no speed depends on them. Contenders take turns on the same batches, so a machine that slows down
-slows them all. What is printed are medians over turns.
+The settings are train.py's, and so is the step: train.py:train_step is timed, for ours and for peers. Tokens
+are random, since no speed depends on them. Contenders take turns on the same batches, so a machine that slows
+down slows them all. What is printed are medians over turns.
 """
 
 import contextlib
@@ -98,8 +98,8 @@ class Contender:
                 group["lr"] = learning_rate(config, step)
             batches = machine.send_all(data.step_batches(tokens, config, step, rank, world_size), device)
             self.loss, _ = train_step(
-                self.model, self.optimizer, self.scaler, config.grad_clip, self.loss_of, batches, accumulation,
-                mark=lambda part: marks.append((part, mark(device))),
+                self.model, self.optimizer, self.scaler, config.grad_clip, self.loss_of, batches,
+                accumulation, mark=lambda part: marks.append((part, mark(device))),
             )
         parts = dict.fromkeys(PARTS, 0.0)
         for (_, start), (part, end) in itertools.pairwise(marks):
@@ -136,7 +136,8 @@ def peer(directory: str, config: TrainConfig, hardware: machine.Hardware, compil
     shape = GPTConfig(**{f.name: getattr(config, f.name) for f in fields(GPTConfig)})
     known = {field.name for field in fields(module.GPTConfig)}
     with contextlib.redirect_stdout(sys.stderr):  # it prints its size
-        model = module.GPT(module.GPTConfig(**{k: v for k, v in asdict(shape).items() if k in known})).to(device)
+        theirs = module.GPTConfig(**{k: v for k, v in asdict(shape).items() if k in known})
+        model = module.GPT(theirs).to(device)
         torch.manual_seed(config.seed)
         model.load_state_dict(GPT(shape).state_dict(), strict=False)  # its head is tied to wte
         options = {"weight_decay": config.weight_decay, "learning_rate": config.lr,
@@ -151,7 +152,8 @@ def peer(directory: str, config: TrainConfig, hardware: machine.Hardware, compil
             return trained(x.contiguous(), y.contiguous())[1]
 
     scaler = torch.amp.GradScaler(device.type, enabled=False)
-    return Contender(f"{path.parent.name}, {'compiled' if compiled else 'eager'}", model, optimizer, scaler, loss_of)
+    name = f"{path.parent.name}, {'compiled' if compiled else 'eager'}"
+    return Contender(name, model, optimizer, scaler, loss_of)
 
 
 # ---- the command
@@ -160,7 +162,8 @@ def peer(directory: str, config: TrainConfig, hardware: machine.Hardware, compil
 def report(contenders: list[Contender], config: TrainConfig, flops: float, peak: float):
     """Print speed, parts, ratios to the better of each pair of peers, and model FLOPs utilization (MFU)."""
     processes = machine.rank_and_world_size()[1]
-    machine.say(f"\n{'':30s} tokens/s   lowest  highest  ms a step  {'  '.join(f'{p:>9s}' for p in PARTS)}   loss")
+    heading = "  ".join(f"{part:>9s}" for part in PARTS)
+    machine.say(f"\n{'':30s} tokens/s   lowest  highest  ms a step  {heading}   loss")
     for each in contenders:
         step_s = each.step_s()
         speed = np.sort(config.tokens_per_step / step_s)
@@ -171,11 +174,13 @@ def report(contenders: list[Contender], config: TrainConfig, flops: float, peak:
     first, rest = contenders[0], contenders[1:]
     if processes > 1:
         share = 1 - rest.pop(0).step_s() / first.step_s()
-        machine.say(f"communication: {np.median(share):.1%} of a step ({share.min():.1%} to {share.max():.1%})")
+        spread = f"{share.min():.1%} to {share.max():.1%}"
+        machine.say(f"communication: {np.median(share):.1%} of a step ({spread})")
     for pair in zip(rest[::2], rest[1::2], strict=True):  # eager and compiled
         best = min(pair, key=lambda contender: np.median(contender.step_s()))
         ratio = best.step_s() / first.step_s()
-        machine.say(f"{first.name} / {best.name}: {np.median(ratio):.2f} x ({ratio.min():.2f} to {ratio.max():.2f})")
+        spread = f"{ratio.min():.2f} to {ratio.max():.2f}"
+        machine.say(f"{first.name} / {best.name}: {np.median(ratio):.2f} x ({spread})")
     achieved = np.median(config.tokens_per_step / processes * flops / first.step_s())
     machine.say(f"MFU {achieved / peak:.1%}: {achieved / 1e9:,.0f} of {peak / 1e9:,.0f} GFLOP/s a process")
 
@@ -184,7 +189,7 @@ def bench(config: BenchConfig):
     """Train ours and the peers in turn, and report. Raises UserError."""
     hardware, processes = machine.pick(config.device, config.dtype), machine.rank_and_world_size()[1]
     options = {f.name: value for f in fields(GPTConfig) if (value := getattr(config, f.name)) is not None}
-    shape = checkpoint.open_model("scratch", {}, torch.float32, options)[0].config  # or one line, if it is none
+    shape = checkpoint.open_model("scratch", {}, torch.float32, options)[0].config  # UserError if impossible
     config = replace(config, **asdict(shape))
     data.accumulation(config.tokens_per_step, config.micro_batch, shape.block_size, processes)
     n_tokens = 10**6 + 2 * config.tokens_per_step + shape.block_size
@@ -195,7 +200,7 @@ def bench(config: BenchConfig):
     makers = [functools.partial(ours, config, hardware)]
     makers += [functools.partial(ours, config, hardware, communicates=False)] * (processes > 1)
     for directory in filter(None, config.against.split(",")):
-        makers += [functools.partial(peer, directory, config, hardware, compiled) for compiled in (False, True)]
+        makers += [functools.partial(peer, directory, config, hardware, on) for on in (False, True)]
     contenders = []
     for make in makers:
         contender, t0 = make(), time.perf_counter()
@@ -203,7 +208,7 @@ def bench(config: BenchConfig):
         first_s = time.perf_counter() - t0  # with compiling
         contender.take_turn([1], config, tokens, hardware.device)
         contender.turns.clear()
-        peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux; so far, of all contenders
+        peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # on Linux
         if hardware.device.type == "cuda":
             peak_mb = torch.cuda.max_memory_allocated(hardware.device) / 1e6
         machine.say(f"{contender.name:30s} first step {first_s:6.1f} s, peak memory so far {peak_mb:,.0f} MB")

@@ -123,7 +123,7 @@ class Models:
         return storage.resolve(path)
 
     def make(self, name: str, model: Baseline, directory: str) -> tuple[Path, list[Path]]:
-        """Inherit and train a model (Inheritune steps 1, 2) unless that is done. Its checkpoint, its sources."""
+        """Inherit and train a model (Inheritune steps 1, 2), once. Its checkpoint and its sources."""
         out_dir = self.out_dir / directory
         settings, sources = train_config(self.config, model, self.seed, out_dir), []
         if model.layers:

@@ -22,9 +22,9 @@ from plumbing.configurator import UserError
 
 NOTES = """Loss: nats per token, the mean over all validation windows ± its standard error. Difference: loss
 minus the reference's, paired over windows, ± 95% interval, which is about other text, not about other seeds.
-Spread: standard deviation over the seeds. Tokens, all: with those of the models it was inherited from or taught by.
-FLOPs: 6 for each weight and token, and attention. Reached: the share of its own steps after which it had the
-reference's final loss. Latency: one sequence forward on the CPU, relative to the reference."""
+Spread: standard deviation over the seeds. Tokens, all: with those of the models it was inherited from or
+taught by. FLOPs: 6 for each weight and token, and attention. Reached: the share of its own steps after which
+it had the reference's final loss. Latency: one sequence forward on the CPU, relative to the reference."""
 
 
 @dataclass
@@ -54,8 +54,8 @@ def window_differences(path: Path, reference: Path) -> np.ndarray:
 def paired_difference(paths: list[Path], references: list[Path]) -> tuple[float, float | None]:
     """Mean difference of two models' losses on the same windows, in nats, and half its 95% interval.
 
-    One path per seed, paired with that seed's reference; the mean over seeds comes first. Pairing removes what
-    makes a window hard for both models. One window gives no interval.
+    One path per seed, paired with that seed's reference; the mean over seeds comes first. Pairing removes
+    what makes a window hard for both models. One window gives no interval.
     """
     pairs = zip(paths, references, strict=False)  # a baseline may have fewer seeds
     differences = np.mean([window_differences(*pair) for pair in pairs], axis=0)  # (windows,)

@@ -144,7 +144,7 @@ def train_step(model, optimizer, scaler, grad_clip, loss_of, batches, accumulati
     """One update on `accumulation` micro-batches (x, y). Returns (loss, gradient norm), on the device.
 
     loss_of(x, y, is_last) is a mean over tokens. mark(part) is called after each part: bench.py times them.
-    Once a gradient norm is non-finite, the optimizer's kernel skips this and all later updates, so that the CPU
+    Once a gradient norm is non-finite, the optimizer's kernel skips this and all later updates, so the CPU
     need not wait for the device at each step. With a GradScaler (float16) only that one is skipped.
     """
     total = 0.0
@@ -296,7 +296,7 @@ def loop(config: TrainConfig) -> Path:
             evaluated_at, stop = step, stop or machine.stop_requested()
 
         # ---- checkpoint, and the end of the run
-        if to_save or stop and step > start_step:
+        if to_save or (stop and step > start_step):
             state = counts | {"flops": counts["tokens"] * flops_per_token, "evaluated_at": evaluated_at}
             state["made_from"] = made_from
             losses = losses if evaluated_at == step else None

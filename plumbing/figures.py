@@ -68,7 +68,7 @@ def plot_differences(rows: list[dict], path: Path):
         names = [name.format(row["name"], row["n_layer"], row["own_tokens"] / 1e6) for row in ordered]
         axis.set_yticks(range(len(ordered)), names)
         axis.axvline(0, **DOTTED)
-        axis.set(xlabel="validation loss minus the reference's (nats per token); left is better")
+        axis.set(xlabel="loss minus the reference's (nats per token)")
 
 
 def conditions(result: dict) -> str:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from plumbing import configurator
 from model import GPT, GPTConfig
+from plumbing import configurator
 
 ROOT = Path(__file__).parent.parent
 TINY = {

@@ -26,10 +26,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch._dynamo  # imported by the first optimizer: better here, once, than in each life
 from conftest import TINY, call_script
 
-from plumbing import machine
 import prepare_data
-from plumbing import storage
 import train
+from plumbing import machine, storage
 from plumbing.configurator import UserError
 
 SETTINGS = TINY | {"save_interval": 2, "eval_interval": 50, "keep_checkpoints": 2, "dropout": 0.1, "max_steps": 100_000}

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from plumbing import checkpoint
-from plumbing import storage
+from plumbing import checkpoint, storage
 from plumbing.configurator import UserError
 
 

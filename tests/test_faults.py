@@ -16,10 +16,8 @@ import torch
 from conftest import ROOT, TINY, call_script, options, read_metrics, run_script
 from test_train import distance, equal, losses, run
 
-from plumbing import checkpoint
-from plumbing import machine
-from plumbing import storage
 import train
+from plumbing import checkpoint, machine, storage
 from plumbing.configurator import UserError
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import ROOT, TINY, random_model
 
-from plumbing import checkpoint, tokenizers
 import data
 import train
 from model import GPT
+from plumbing import checkpoint, tokenizers
 
 pytest.importorskip("lm_eval", reason="needs lm_eval: pip install -r requirements-dev.txt")
 pytestmark = pytest.mark.slow

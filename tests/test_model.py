@@ -8,8 +8,8 @@ from conftest import random_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from plumbing import checkpoint
 from model import GPT, GPTConfig
+from plumbing import checkpoint
 
 VARIANTS = [(bias, scale) for bias in (False, True) for scale in (False, True)]
 

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from plumbing import checkpoint
-from plumbing import storage, tokenizers
-from plumbing.configurator import UserError
 from inherit import inherit
+from plumbing import checkpoint, storage, tokenizers
+from plumbing.configurator import UserError
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 ODD = st.sampled_from(

@@ -16,11 +16,9 @@ import torch
 from conftest import ROOT, TINY, call_script, options, read_metrics, run_script
 from safetensors.torch import load_file
 
-from plumbing import checkpoint
-from plumbing import storage
 import train
+from plumbing import checkpoint, storage
 from plumbing.configurator import UserError
-from model import GPT, GPTConfig
 
 
 def run(data_dir, out_dir, **changes):

@@ -141,7 +141,8 @@ def peer(directory: str, config: TrainConfig, hardware: machine.Hardware, compil
         torch.manual_seed(config.seed)
         model.load_state_dict(GPT(shape).state_dict(), strict=False)  # its head is tied to wte
         options = {"weight_decay": config.weight_decay, "learning_rate": config.lr,
-                   "betas": (config.beta1, config.beta2), "device_type": device.type}
+                   "betas": (config.beta1, config.beta2), "device_type": device.type,
+                   "optimizer_name": "adamw", "rho": 0.04}  # the authors' model.py asks for the last two
         asked = inspect.signature(model.configure_optimizers).parameters
         optimizer = model.configure_optimizers(**{key: options[key] for key in asked if key in options})
     trained = torch.compile(model) if compiled else model

@@ -202,9 +202,9 @@ def bench(config: BenchConfig):
     makers += [functools.partial(ours, config, hardware, communicates=False)] * (processes > 1)
     for directory in filter(None, config.against.split(",")):
         makers += [functools.partial(peer, directory, config, hardware, on) for on in (False, True)]
-    contenders = []
-    for make in makers:
-        contender, t0 = make(), time.perf_counter()
+    contenders = [make() for make in makers]  # first: making one resets the compiler, and with it the others
+    for contender in contenders:
+        t0 = time.perf_counter()
         contender.take_turn([0], config, tokens, hardware.device)
         first_s = time.perf_counter() - t0  # with compiling
         contender.take_turn([1], config, tokens, hardware.device)
@@ -213,7 +213,6 @@ def bench(config: BenchConfig):
         if hardware.device.type == "cuda":
             peak_mb = torch.cuda.max_memory_allocated(hardware.device) / 1e6
         machine.say(f"{contender.name:30s} first step {first_s:6.1f} s, peak memory so far {peak_mb:,.0f} MB")
-        contenders.append(contender)
     products = []
     for i in range(config.rounds):
         for contender in contenders:

@@ -8,8 +8,8 @@
 
 --layers lists a source layer for each layer of the target, as Python slices, from 0 and half-open: "0:8,0:8"
 stacks, "::2" takes every other layer, "new" is a fresh layer and "new:15" are fifteen. Embeddings, final norm
-and head are always inherited. It renames tensors and builds no model, so any Hugging Face decoder will do.
-Only fresh tensors need a GPT-2. lineage.json records where each tensor came from.
+and head are always inherited. It renames tensors and builds no model, so a Hugging Face decoder will do if
+its layers are of one kind. Fresh tensors need a GPT-2. lineage.json records where each tensor came from.
 """
 
 import re

@@ -119,8 +119,7 @@ class Models:
     def find(self, name: str, stable: bool = False) -> Path:
         """The checkpoint to inherit from or to distill."""
         run_dir, settings = self.runs[name]
-        path = run_dir / f"step-{stable_steps(settings):08d}" if stable else storage.latest(run_dir)
-        return storage.resolve(path)
+        return storage.resolve(run_dir / f"step-{stable_steps(settings):08d}" if stable else run_dir)
 
     def make(self, name: str, model: Baseline, directory: str) -> tuple[Path, list[Path]]:
         """Inherit and train a model (Inheritune steps 1, 2), once. Its checkpoint and its sources."""

@@ -82,6 +82,7 @@ class TrainConfig(ModelOptions):
     deterministic: bool = may_change(False)  # GPU: the same bits again, slower; a CPU gives them anyway
 
     def __post_init__(self):
+        self.out_dir = str(Path(self.out_dir).expanduser())  # a shell does not expand --out_dir=~/run
         for key in ("tokens_per_step", "max_steps", "micro_batch", "eval_interval", "save_interval"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key} is {getattr(self, key)}, expected at least 1")
@@ -225,7 +226,7 @@ def set_up(config: TrainConfig):
 
 
 def loop(config: TrainConfig) -> Path:
-    """Train until max_steps or a signal. Returns the last checkpoint. Raises UserError."""
+    """Inheritune step 2 (train): until max_steps or a signal. Returns the last checkpoint. UserError."""
     # ---- set up: machine, data, model, optimizer
     hardware, meta, model, teacher, lineages = set_up(config)
     config = replace(config, dtype=str(hardware.dtype), **asdict(model.config))  # no None and no "auto"
@@ -323,8 +324,7 @@ def loop(config: TrainConfig) -> Path:
 
 def train(config: TrainConfig) -> Path:
     """Train with out_dir locked. Returns the last checkpoint. Raises UserError, also after a signal."""
-    rank = machine.rank_and_world_size()[0]
-    with storage.lock(config.out_dir) if rank == 0 else contextlib.nullcontext():
+    with storage.lock(config.out_dir) if machine.rank_and_world_size()[0] == 0 else contextlib.nullcontext():
         return loop(config)
 
 

@@ -236,6 +236,13 @@ def test_max_steps_updates_are_made_and_the_last_weights_are_evaluated_and_saved
     assert state["step"] == 7 and state["versions"]["torch"] == torch.__version__
 
 
+def test_a_tilde_in_out_dir_is_the_home_directory(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert run(data_dir, "~/run", max_steps=1, warmup_steps=1) == tmp_path / "run" / "step-00000001"
+    assert not (tmp_path / "~").exists()
+
+
 def test_training_learns(data_dir, tmp_path):
     run(data_dir, tmp_path / "run", max_steps=60, warmup_steps=5)
     lines = [line["val_loss"] for line in read_metrics(tmp_path / "run") if "val_loss" in line]

@@ -195,18 +195,19 @@ def recipe(config: RecipeConfig):
     compared[-1]["role"] = "target"
     on_rank_0(measure, config, targets[0])
 
-    def write_report() -> str:
+    def write_report(unless_there: bool) -> str:
+        if unless_there and (out_dir / "recipe.json").exists():
+            return ""
         claims = [dict(zip(("text", "better", "worse"), claim, strict=True)) for claim in CLAIMS]
         content = {"models": compared, "tolerance": config.tolerance, "claims": claims}
         storage.replace_json(out_dir / "recipe.json", content)
         return report(out_dir)
 
     # ---- baselines, and the report. A first report is there before the baselines are trained
-    if not (out_dir / "recipe.json").exists():
-        on_rank_0(write_report)
+    on_rank_0(write_report, True)  # rank 0 looks: the file may be there already when another rank does
     for name, model in wanted(config.baselines, n, k).items():
         make(name, "baseline", model, f"{'-'.join(name.replace(',', '').lower().split())}-{k}")
-    machine.say(on_rank_0(write_report))
+    machine.say(on_rank_0(write_report, False))
 
 
 def main():

@@ -23,7 +23,8 @@ import tyro
 from tqdm import tqdm
 
 import data
-from plumbing import configurator, decoders, figures, storage
+from model import GPT
+from plumbing import checkpoint, configurator, storage
 from plumbing.configurator import UserError
 from plumbing.fast_rank import fast_rank
 from plumbing.machine import pick_device
@@ -141,6 +142,44 @@ def random_windows(tokens: np.ndarray, T: int, N: int, seed: int, begin: list) -
     return torch.cat([torch.tensor(begin, dtype=torch.long).expand(len(text), -1), text], 1)
 
 
+def visit_attention(model: torch.nn.Module, idx: torch.Tensor, visit):
+    """Call visit(layer, A (B, H, T, T)) for each layer with attention, one at a time, on idx (B, T).
+
+    Raises UserError, exit code 1, if a matrix is not what the measures are defined for.
+    """
+
+    def checked(layer: int, A: torch.Tensor):
+        if heads := (~A.sum((-2, -1)).isfinite()).any(0).nonzero().flatten().tolist():
+            raise UserError(f"layer {layer}, heads {heads}: attention is not finite; check the weights", 1)
+        if A.min() < 0 or A.triu(1).any() or (A.float().sum(-1) - 1).abs().max() > 1e-3:
+            expected = "entries >= 0, none above the diagonal, rows that sum to 1; it cannot be measured"
+            raise UserError(f"layer {layer}: found no causal attention matrix; expected {expected}", 1)
+        visit(layer, A)
+
+    if hasattr(model, "visit_attention"):  # a decoder of another family
+        return model.visit_attention(idx, checked)
+    for layer, A in enumerate(model.attention_matrices(idx)):
+        checked(layer, A)
+
+
+def validation_tokens(path: Path, model: torch.nn.Module, stored: np.ndarray, meta: dict):
+    """The validation text in a model's own tokens (N,), and what begins each window: [] or [bos]. UserError.
+
+    Text of a different tokenizer is decoded and encoded again, an end-of-text after each document.
+    """
+    try:
+        checkpoint.check_tokenizer(path, meta)
+        return stored, meta.get("begin", [])
+    except UserError:
+        if isinstance(model, GPT):
+            raise
+    from plumbing import decoders, tokenizers  # imported where they are used
+
+    text = tokenizers.of_directory(Path(meta["directory"]), meta["tokenizer"])
+    documents = text.decode(stored.tolist()).split(text.decode([text.eot_token]))
+    return decoders.reencode(path, list(filter(None, documents)), model.config.vocab_size)
+
+
 def measure(model: torch.nn.Module, idx: torch.Tensor, measures: list[Measure], micro_batch: int) -> dict:
     """{layer: {measure: (H, S)}} of a model on sequences idx (S, T)."""
     found: dict[int, dict[str, list]] = {}
@@ -151,7 +190,7 @@ def measure(model: torch.nn.Module, idx: torch.Tensor, measures: list[Measure], 
             found.setdefault(layer, {}).setdefault(m.name, []).append(m.function(A).cpu().double().numpy().T)
 
     for batch in tqdm(idx.split(micro_batch), desc="attention", disable=None, leave=False):
-        decoders.attention_matrices(model, batch, visit)
+        visit_attention(model, batch, visit)
     return {layer: {name: np.hstack(v) for name, v in found[layer].items()} for layer in sorted(found)}
 
 
@@ -177,7 +216,7 @@ def pictures(model: torch.nn.Module, idx: torch.Tensor, values: dict, heads: lis
     def visit(layer: int, A: torch.Tensor):  # (1, H, T, T)
         found.update({(layer, h): A[0, h].float().cpu().numpy() for i, h in chosen if i == layer})
 
-    decoders.attention_matrices(model, idx, visit)
+    visit_attention(model, idx, visit)
     return [{"layer": i, "head": h, "rank": ranks[i, h], "matrix": found[i, h]} for i, h in chosen]
 
 
@@ -199,7 +238,10 @@ def identity(config: AnalyzeConfig) -> dict:
         raise UserError(f"found {config}; expected {expected}") from None
     paths = [storage.resolve(name) for name in (config.model, config.compare) if name]
     sha256, splits = [storage.hashes(path) for path in paths], data.read_meta(config.data_dir)["splits"]
-    T = min(config.seq_len, *map(decoders.longest_sequence, paths))
+    tables = [storage.read_json(path / "config.json") for path in paths]
+    tables = [table | table.get("text_config", {}) for table in tables]  # of a multimodal model
+    limits = [t.get("n_positions") or t.get("max_position_embeddings") or config.seq_len for t in tables]
+    T = min(config.seq_len, *limits)
     found = {"sha256": sha256[0], "compared_sha256": sha256[1:], "control": config.control}
     found |= {"data": config.data_dir, "data_sha256": splits["val"]["sha256"], "seed": config.seed}
     found |= {"T": T, "tau": taus, "wanted": config.sequences, "ranges": ranges, "drawn": heads}
@@ -230,13 +272,14 @@ def analyze(config: AnalyzeConfig) -> dict:
     models = {"model": config.model, "untrained": config.control and config.model, "compared": config.compare}
     for role, name in ((role, name) for role, name in models.items() if name):
         path, meta = storage.resolve(name), data.read_meta(config.data_dir)
-        model = decoders.load(path, untrained=role == "untrained").to(device)
+        torch.manual_seed(0)  # of the untrained one
+        model = checkpoint.load_model(path, fresh=role == "untrained").to(device)
         if role != "untrained":  # which reads what the trained model reads
             text = data.open_tokens(config.data_dir, "val", result["T"], math.inf)
-            tokens, begin = decoders.validation_tokens(path, model, text, meta)
+            tokens, begin = validation_tokens(path, model, text, meta)
             idx = random_windows(tokens, result["T"], config.sequences, config.seed, begin).to(device)
         values = measure(model, idx, measures, config.micro_batch)
-        n = decoders.n_layer(model)
+        n = model.config.n_layer
         groups = result["ranges"] or [(n * i // 3, n * (i + 1) // 3) for i in range(3)]
         run = path.parent if path.name.startswith("step-") else Path(name).expanduser().resolve()
         about = {"name": role if role == "untrained" else run.name, "model": str(path), "n_layer": n}
@@ -246,6 +289,8 @@ def analyze(config: AnalyzeConfig) -> dict:
         del model  # before the next one is loaded
     result |= found["model"] | {role: found.get(role) for role in ("untrained", "compared")}
     print_table(result)
+    from plumbing import figures  # imported where they are drawn
+
     try:
         out.mkdir(parents=True, exist_ok=True)
         rows = [{"model": each["name"]} | row for each in found.values() for row in each["layers"]]

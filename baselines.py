@@ -19,6 +19,7 @@ class Baseline:
     source: str = "reference"  # or "target", or another baseline, which is then trained too
     top: str = ""  # a second source, of which top_layers go on top
     top_layers: list[int] = field(default_factory=list)
+    width: float = 1.0  # the share of heads, MLP units and embedding dimensions to take
     parts: str = ""  # comma-separated parts of each layer to take: ln_1, attn, ln_2, mlp; the rest is fresh
     stable: bool = False  # inherit the source's last checkpoint before its decay, and skip the warm-up
     moments: bool = False  # inherit AdamW's moments too
@@ -60,6 +61,8 @@ def baselines(n: int, k: int) -> dict[str, Baseline]:
             source="quarter of the target",
         ),
         "stacking, two rounds": Baseline(layers=half + other_half, source="quarter, stacked"),
+        # ---- half width (paper, appendix D): all layers, half the heads and MLP units of each
+        "half width": Baseline(layers=everything, width=0.5),
         # ---- parts of layers (paper, table 3)
         "attention and its norm": Baseline(layers=first, parts="ln_1,attn"),
         "MLP and its norm": Baseline(layers=first, parts="ln_2,mlp"),

@@ -19,7 +19,6 @@ import numpy as np
 
 from plumbing import storage
 from plumbing.configurator import UserError, run
-from plumbing.tokenizers import tokenizer
 
 FORMAT = 1
 
@@ -44,7 +43,7 @@ def read_meta(data_dir: str | Path) -> dict:
         found = path.stat().st_size if path.is_file() else "no file"
         if found != tokens * itemsize:
             raise UserError(f"{path}: found {found}, expected {tokens * itemsize} bytes; {remedy}")
-    return meta
+    return meta | {"directory": str(data_dir)}
 
 
 def verify(data_dir: str | Path) -> dict:
@@ -150,12 +149,15 @@ def windows(tokens: np.ndarray, starts: np.ndarray, block_size: int):
 
 
 def main():
+    from plumbing import tokenizers  # imported here: training reads tokens, not text
+
     meta = verify(sys.argv[1])
     print(f"{sys.argv[1]}: {meta['source']}, tokenizer {meta['tokenizer']}; sizes and hashes are right")
     for split, entry in meta["splits"].items():
         tokens = open_tokens(sys.argv[1], split, 1, math.inf)[:100].tolist()
         print(f"  {split:5s} {entry['tokens']:>14,} tokens {entry['documents']:>10,} documents")
-        print(f"        {tokenizer(meta['tokenizer']).decode(tokens)[:100]!r} ...")  # shows a wrong column
+        encoding = tokenizers.of_directory(Path(meta["directory"]), meta["tokenizer"])
+        print(f"        {encoding.decode(tokens)[:100]!r} ...")  # shows a wrong column
 
 
 if __name__ == "__main__":

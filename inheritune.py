@@ -1,6 +1,7 @@
 """Inheritune, the whole recipe: reference, analysis, rounds of inherit and train, baselines, report.
 
     python inheritune.py config/demo.toml                                    # five minutes on a laptop's CPU
+    python inheritune.py config/single_gpu.toml --reference=gpt2-medium      # a trained model to begin with
     python inheritune.py config/demo.toml --out_dir=out/mine --max_steps=600   # any setting of train.py
     torchrun --standalone --nproc_per_node=4 inheritune.py config/demo.toml --micro_batch=8
 
@@ -8,17 +9,16 @@ You can interrupt it at any time. Rerun the same command to resume: complete sta
 one seed see the same tokens in the same order, and all are evaluated on the same validation windows.
 """
 
+import functools
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
-
-import torch
 
 import data
 from analyze_attention import AnalyzeConfig, analyze, stored, suggested_layers
 from baselines import CLAIMS, Baseline, baselines
 from inherit import inherit, lineage_of
-from model import GPT, GPTConfig
+from model import GPTConfig
 from plumbing import checkpoint, configurator, machine, storage
 from plumbing.configurator import UserError
 from plumbing.machine import on_rank_0
@@ -30,9 +30,10 @@ from train import TrainConfig, stable_steps, train
 class RecipeConfig(TrainConfig):
     """Run or resume the whole recipe into out_dir. The settings of train.py apply to every model."""
 
+    reference: str = ""  # a trained model (checkpoint, run or hub name); empty: train one first
     start_layers: int | Literal["auto"] | None = None  # k at first; None: n/2; auto: up to the lazy tail
     expand_by: int = 2  # layers that each further round adds (paper, section 4)
-    expand_from: Literal["reference", "target"] = "reference"  # target: add to its trained layers
+    expand_from: Literal["reference", "target", "fresh"] = "reference"  # start again; or add to the target
     inherit_from: Literal["last", "stable"] = "last"  # stable: the reference before its "wsd" decay (ours)
     moments: bool = False  # inherit AdamW's state with the weights (ours)
     tolerance: float = 0.0  # nats per token that the target's loss may be above the reference's
@@ -40,9 +41,11 @@ class RecipeConfig(TrainConfig):
     sequences: int = 100  # of the attention analysis
     baselines: list[str] = field(default_factory=list)  # names in baselines.py
 
-    @property
+    @functools.cached_property
     def n(self) -> int:
         """Layers of the reference."""
+        if self.reference:
+            return checkpoint.read_config(storage.resolve(self.reference)).n_layer
         return self.n_layer or GPTConfig.n_layer
 
     @property
@@ -59,6 +62,8 @@ class RecipeConfig(TrainConfig):
             raise UserError('inherit_from is stable, which needs a decay; set schedule to "wsd"')
         if self.init_from != "scratch" or self.eval_only or self.override or self.teacher:
             raise UserError("init_from, eval_only, override and teacher are for train.py, not for the recipe")
+        if len(set(self.seeds)) < len(self.seeds) or self.sequences < 1:
+            raise UserError(f"seeds {self.seeds}, sequences {self.sequences}; expected different seeds, >= 1")
 
 
 def round_target(config: RecipeConfig, k: int, previous_k: int | None) -> Baseline:
@@ -66,7 +71,10 @@ def round_target(config: RecipeConfig, k: int, previous_k: int | None) -> Baseli
     stable = {"stable": config.inherit_from == "stable", "moments": config.moments}
     if previous_k and config.expand_from == "target":  # add the reference's next layers
         added = list(range(previous_k, k))
-        return Baseline(layers=list(range(previous_k)), source="target", top="reference", top_layers=added)
+        kept = list(range(previous_k))
+        return Baseline(layers=kept, source="target", top="reference", top_layers=added, **stable)
+    if previous_k and config.expand_from == "fresh":
+        return Baseline(layers=[*range(previous_k), *[None] * (k - previous_k)], source="target", **stable)
     return Baseline(layers=list(range(k)), **stable)  # start again from the reference's first k layers
 
 
@@ -87,21 +95,25 @@ def train_config(config: RecipeConfig, model: Baseline, seed: int, out_dir: Path
     settings |= {"seed": seed, "max_steps": max_steps, "out_dir": str(out_dir)}
     if model.stable:
         settings["warmup_steps"] = 0  # it continues at the rate that its source had
+    if config.reference:  # fresh models have its shape
+        settings |= {"init_from": f"scratch:{config.reference}"}
+    if model.width < 1:  # the source's, narrowed
+        settings |= {"n_embd": None, "n_head": None}
     settings |= model.settings | {"n_layer": model.n_layer or None, "resume": "auto"}
     return TrainConfig(**settings)
 
 
 def check(config: RecipeConfig):
-    """Build every model on the meta device, so that a mistake shows before the first step. UserError."""
+    """Check every model's settings, so that a mistake shows before the first step. Raises UserError."""
     models = {"reference": Baseline(n_layer=config.n)} | wanted(config.baselines, config.n, config.first_k)
+    base = checkpoint.read_config(storage.resolve(config.reference)) if config.reference else GPTConfig()
     for name, model in models.items():
         try:
             settings = train_config(config, model, config.seed, Path(config.out_dir))
             n_layer = model.n_layer or len(model.layers) + len(model.top_layers)
             options = {f.name: getattr(settings, f.name) for f in fields(GPTConfig)}
             options = {key: value for key, value in options.items() if value is not None}
-            with torch.device("meta"):
-                shape = GPT(GPTConfig(**options | {"n_layer": n_layer})).config
+            shape = replace(base, **options | {"n_layer": n_layer})
             processes = machine.rank_and_world_size()[1]
             data.accumulation(settings.tokens_per_step, settings.micro_batch, shape.block_size, processes)
         except (ValueError, TypeError, UserError) as error:  # TypeError: no such setting
@@ -127,11 +139,13 @@ class Models:
         settings, sources = train_config(self.config, model, self.seed, out_dir), []
         if model.layers:
             sources = [self.find(each, model.stable) for each in (model.source, model.top) if each]
-            how = {"parts": model.parts, "moments": model.moments}
+            how = {"parts": model.parts, "moments": model.moments, "width": model.width}
             if model.top:
                 how |= {"top": sources[1], "top_layers": model.top_layers}
             on_rank_0(inherit_once, sources[0], model.layers, out_dir / "init", how, self.seed)
             settings = replace(settings, init_from=str(out_dir / "init"))
+        if name == "reference" and self.config.reference:  # evaluated, and kept like a run of no steps
+            settings = replace(settings, init_from=self.config.reference, n_layer=None, max_steps=0)
         if model.teacher:
             sources.append(self.find(model.teacher))
             settings = replace(settings, teacher=str(sources[-1]))
@@ -152,9 +166,9 @@ def inherit_once(source: Path, layers: list, out: Path, how: dict, seed: int):
 
 def measure(config: RecipeConfig, model: Path) -> dict:
     """The attention analysis of a model, unless it is already there for the same weights and settings."""
+    out = model.parent / "recipe_attention"  # where no analysis by hand overwrites it
     settings = AnalyzeConfig(
-        str(model), out=str(model.parent / "attention"), data_dir=config.data_dir, sequences=config.sequences,
-        device=config.device,
+        str(model), out=str(out), data_dir=config.data_dir, sequences=config.sequences, device=config.device
     )
     return stored(settings) or analyze(settings)
 

@@ -132,6 +132,13 @@ class Block(nn.Module):
 # The model
 
 
+def token_losses(logits, targets, reduction="mean"):
+    """Cross-entropy in nats of logits (B, T, V) and targets (B, T): a scalar, or (B, T) for "none"."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # never a loss in half precision
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+    return loss.view_as(targets) if reduction == "none" else loss
+
+
 class GPT(nn.Module):
     """GPT-2. Fresh weights come from torch's global generator: seed it for a reproducible start."""
 
@@ -170,11 +177,7 @@ class GPT(nn.Module):
             x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing else block(x)
         x = self.transformer.ln_f(x)
         logits = F.linear(x, self.transformer.wte.weight)  # (B, T, V)
-        if targets is None:
-            return logits
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # never a loss in half precision
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
-        return loss.view_as(targets) if reduction == "none" else loss
+        return logits if targets is None else token_losses(logits, targets, reduction)
 
     @torch.no_grad()
     def attention_matrices(self, idx):

@@ -34,9 +34,8 @@ import tyro
 from tqdm import tqdm
 
 import data
-from plumbing import configurator, storage
+from plumbing import configurator, storage, tokenizers
 from plumbing.configurator import UserError
-from plumbing.tokenizers import tokenizer
 
 # (repository, revision), tried in this order. Skylion007's main was a loading script for years, which
 # `datasets` no longer runs; the other two are complete copies in parquet.
@@ -60,7 +59,7 @@ class PrepareConfig:
     source: tyro.conf.Positional[Literal["python", "files", "openwebtext", "fineweb-edu"]]
     paths: tyro.conf.Positional[tuple[str, ...]] = ()  # files: paths, folders and globs
     out: str | None = None  # directory to write; default data/SOURCE
-    tokenizer: str | None = None  # bytes, gpt2 or any other of tiktoken; default gpt2 for the hub, else bytes
+    tokenizer: str | None = None  # bytes, a name of tiktoken, a model's directory or hub name
     max_tokens: int | None = None  # end train.bin with the last complete document within this
     repository: str | None = None  # hub: a different copy of the corpus, or a directory laid out like one
     revision: str | None = None  # hub: branch, tag or commit; meta.json records the commit
@@ -75,7 +74,7 @@ class PrepareConfig:
     def __post_init__(self):
         hub = self.source in HUB
         self.out = self.out or f"data/{self.source}"
-        self.tokenizer = self.tokenizer or ("gpt2" if hub else "bytes")
+        self.tokenizer = self.tokenizer or ("gpt2" if hub else "bytes")  # bytes needs no download
         if self.val_fraction is None:
             self.val_fraction = 0.0005 if hub else 0.005
         if self.source == "fineweb-edu":
@@ -226,7 +225,8 @@ def encode_document(item, read, encoding: tiktoken.Encoding, dtype: str) -> np.n
     """Token ids of a document and an end-of-text; none of an empty one. Raises UserError naming it."""
     try:
         text = read(item)
-        ids = np.append(encode(text, encoding), encoding.eot_token) if text else np.empty(0, np.int64)
+        begin = np.array(getattr(encoding, "begin", []), np.int64)  # [bos] of models trained with one
+        ids = np.concatenate([begin, encode(text, encoding), [encoding.eot_token]]) if text else begin[:0]
     except (ValueError, LookupError, TypeError) as error:
         start, cause = str(item)[:60], f"{type(error).__name__}: {error}"
         raise UserError(f"document {start!r}: {cause}; fix it, or set --text_column") from None
@@ -265,7 +265,7 @@ def write_split(path: Path, documents, n_documents: int, max_tokens: float) -> d
 def write(config: PrepareConfig, out: Path, source, arguments: dict):
     """Write both splits under temporary names, rename them, then write meta.json. Raises UserError."""
     items, read, origin = source
-    encoding = tokenizer(config.tokenizer)
+    encoding = tokenizers.tokenizer(config.tokenizer)
     dtype = "<u2" if encoding.n_vocab <= 2**16 else "<u4"
     splits, is_nanogpt = {}, NANOGPT.items() <= arguments.items()
     for name, order in split(len(items), config.val_fraction, config.seed).items():
@@ -285,6 +285,7 @@ def write(config: PrepareConfig, out: Path, source, arguments: dict):
         print(f"  {start!r} ...")
 
     (out / "meta.json").unlink(missing_ok=True)
+    tokenizers.write_files(encoding, out)
     for name in splits:
         os.replace(out / f"{name}.partial", out / f"{name}.bin")
     storage.fsync(out)
@@ -294,6 +295,7 @@ def write(config: PrepareConfig, out: Path, source, arguments: dict):
         "tokenizer": encoding.name,
         "vocab_size": encoding.n_vocab,
         "eot": encoding.eot_token,
+        "begin": getattr(encoding, "begin", []),  # the tokens before each document
         "dtype": dtype,
         "splits": {name: splits[name] for name in ("train", "val")},
         "arguments": arguments,
@@ -303,15 +305,18 @@ def write(config: PrepareConfig, out: Path, source, arguments: dict):
 
 def prepare(config: PrepareConfig, out: Path):
     """Fill the data directory `out`, unless it is up to date. Raises UserError."""
-    files = find_files(config.paths)
+    files = [path for path in find_files(config.paths) if out.resolve() not in path.resolve().parents]
     arguments = {key: value for key, value in asdict(config).items() if key not in ("out", "workers")}
-    arguments["paths"] = [[str(path.resolve()), path.stat().st_size] for path in files]
+    stats = [(path.resolve(), path.stat()) for path in files]
+    arguments["paths"] = [[str(path), found.st_size, found.st_mtime_ns] for path, found in stats]
     arguments["python"] = platform.python_version() if config.source == "python" else None
     try:
         made_with = data.verify(out).get("arguments", {})
     except UserError:  # absent or damaged: made anew
         made_with = None
     if made_with == arguments:
+        if not (out / "tokenizer.json").exists():  # made before these files were
+            tokenizers.write_files(tokenizers.tokenizer(config.tokenizer), out)
         print(f"{out} is up to date")
         return
     if made_with is not None:

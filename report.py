@@ -87,9 +87,9 @@ def spent(model: dict, recipe: dict, out_dir: Path) -> dict | None:
     open_paths, runs = [model["paths"][0]], {}
     while open_paths:
         path = open_paths.pop()
-        if not (out_dir / path / "trainer_state.json").exists():  # a model from the hub
-            return None
         run, state = str(Path(path).parent), storage.read_json(out_dir / path / "trainer_state.json")
+        if state["step"] == 0:  # a model that was trained elsewhere
+            return None
         if run not in runs or runs[run]["tokens"] < state["tokens"]:  # each run once, at its latest step
             runs[run] = {key: state[key] for key in ("tokens", "flops")}
             open_paths += of_run[run]["sources"] if run in of_run else []
@@ -132,7 +132,7 @@ def rows_of(recipe: dict, out_dir: Path) -> list[dict]:
             "loss": float(losses.mean()), "error": data.mean_and_error(losses.mean(0))[1], "each": each,
             "difference": difference, "interval": interval, "curve": (tokens, values),
             "spread": float(np.std(each if rows else losses.mean(1), ddof=1)) if len(paths) > 1 else None,
-            "reached": float(reached[0] / tokens[-1]) if len(reached) else None,
+            "reached": float(reached[0] / max(1, tokens[-1])) if len(reached) else None,
             "latency": latencies[str(config)],
             "verdict": verdict(difference, interval, recipe["tolerance"]) if rows else "reference",
         })
@@ -230,7 +230,7 @@ def report(out_dir: str | Path, animate: bool = False) -> str:
     recipe = storage.read_json(out_dir / "recipe.json")
     rows = rows_of(recipe, out_dir)
     attention = {
-        row["role"]: storage.read_json(row["paths"][0].parent / "attention" / "attention.json")
+        row["role"]: storage.read_json(row["paths"][0].parent / "recipe_attention" / "attention.json")
         for row in rows
         if row["role"] in ("reference", "target")
     }

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import torch
 import tyro
 
-from plumbing import checkpoint, configurator, machine, storage
+from plumbing import checkpoint, configurator, machine, storage, tokenizers
 from plumbing.configurator import UserError
-from plumbing.tokenizers import tokenizer
 
 
 @dataclass
 class SampleConfig:
-    """Continue a prompt with a GPT-2 checkpoint."""
+    """Continue a prompt with a model."""
 
     model: tyro.conf.Positional[str]  # a checkpoint, a run directory or a name on the hub
     prompt: str = ""  # empty: start from an end-of-text
@@ -32,7 +31,10 @@ def main():
     config = configurator.load(SampleConfig)
     device, path = machine.pick_device(config.device), storage.resolve(config.model)
     model = checkpoint.load_model(path).to(device)
-    encoding = tokenizer(storage.read_json(path / "config.json").get("tokenizer", "gpt2"))
+    name = storage.read_json(path / "config.json").get("tokenizer")
+    if name is None and not (path / "tokenizer.json").is_file():
+        name = "gpt2"  # OpenAI's
+    encoding = tokenizers.of_directory(path, name)
     ids = encoding.encode_ordinary(config.prompt) or [encoding.eot_token]
     torch.manual_seed(config.seed)
     idx = torch.tensor([ids] * config.samples, device=device)  # (samples, T)

@@ -44,14 +44,14 @@ class TrainConfig(ModelOptions):
 
     out_dir: str = may_change("out/run")  # checkpoints and metrics
     data_dir: str = may_change("data/python")  # made by prepare_data.py; its tokens may not change
-    init_from: str = may_change("scratch")  # or a checkpoint, a run directory or a name on the hub
+    init_from: str = may_change("scratch")  # or a checkpoint, run or hub name; scratch:DIR: of that shape
     resume: Literal["auto", True, False] = may_change(False)  # the latest checkpoint; auto: if any
     override: str = may_change("")  # comma-separated settings allowed to differ on resume
     eval_only: bool = may_change(False)  # print the validation loss of init_from and stop
 
     # optimization: part of the experiment. The defaults are the paper's (appendix F), but for its batch sizes
     tokens_per_step: int = 49_152  # over all processes: 48 sequences of 1,024
-    max_steps: int = 100_000  # updates
+    max_steps: int = 100_000  # updates; 0: evaluate init_from and save it as a run of no steps
     lr: float = 6e-4  # peak learning rate, reached after the warm-up
     min_lr: float = 1e-5  # at the end of the schedule
     warmup_steps: int = 2_000
@@ -83,11 +83,18 @@ class TrainConfig(ModelOptions):
 
     def __post_init__(self):
         self.out_dir = str(Path(self.out_dir).expanduser())  # a shell does not expand --out_dir=~/run
-        for key in ("tokens_per_step", "max_steps", "micro_batch", "eval_interval", "save_interval"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key} is {getattr(self, key)}, expected at least 1")
+        positive = "tokens_per_step micro_batch eval_interval save_interval log_interval keep_checkpoints"
+        for key in (*positive.split(), "max_steps", "warmup_steps", "seed", "grad_clip", "weight_decay"):
+            least = 1 if key in positive else 0
+            if getattr(self, key) < least:
+                raise UserError(f"{key} is {getattr(self, key)}, expected at least {least}")
+        if not (0 <= self.alpha <= 1 and self.tau > 0 and 0 <= self.decay_fraction <= 1):
+            found = f"alpha {self.alpha}, tau {self.tau}, decay_fraction {self.decay_fraction}"
+            raise UserError(f"{found}; expected 0 <= alpha <= 1, tau > 0, 0 <= decay_fraction <= 1")
+        if self.eval_only and self.init_from == "scratch":
+            raise UserError("eval_only: name the model to evaluate with --init_from")
         end = stable_steps(self) or self.max_steps
-        if not (0 <= self.min_lr <= self.lr and self.warmup_steps <= end):
+        if not (0 <= self.min_lr <= self.lr and (self.warmup_steps <= end or self.max_steps == 0)):
             found = f"min_lr {self.min_lr}, lr {self.lr}, warmup_steps {self.warmup_steps}"
             raise UserError(f"{found}; expected 0 <= min_lr <= lr and a warm-up of at most {end} steps")
 
@@ -198,7 +205,8 @@ def save(config: TrainConfig, meta: dict, model, optimizer, scaler, state: dict,
     if losses is not None:  # of every validation window, so that two models can be compared pair by pair
         text = {"data": state["made_from"]["data"]["val"], "block_size": config.block_size}
         files["val_losses.json"] = text | {"losses": losses.tolist()}
-    machine.on_rank_0(checkpoint.save, path, model, meta["tokenizer"], meta["eot"], optimizer, files)
+    tokenizer = meta["tokenizer"], meta["eot"]
+    machine.on_rank_0(checkpoint.save, path, model, *tokenizer, optimizer, files, config.data_dir)
     spare = path.with_name(f"step-{stable_steps(config):08d}")  # the last one before a "wsd" decay
     machine.on_rank_0(storage.prune, path.parent, config.keep_checkpoints, spare)
     return path
@@ -269,7 +277,8 @@ def loop(config: TrainConfig) -> Path:
         stop, last = machine.stop_requested(), step == config.max_steps
         to_log = step % config.log_interval == 0 and step > start_step
         to_evaluate = (step % config.eval_interval == 0 or step == stable or last) and evaluated_at != step
-        to_save = (step % config.save_interval == 0 or step == stable or last or stop) and step > start_step
+        new = step > start_step or config.max_steps == 0  # something to save
+        to_save = new and (step % config.save_interval == 0 or step == stable or last or stop)
         counts = {"step": step, "tokens": step * config.tokens_per_step}
 
         # ---- guard and log. On all other steps the CPU does not wait for the device
@@ -297,7 +306,7 @@ def loop(config: TrainConfig) -> Path:
             evaluated_at, stop = step, stop or machine.stop_requested()
 
         # ---- checkpoint, and the end of the run
-        if to_save or (stop and step > start_step):
+        if to_save or (stop and new):
             state = counts | {"flops": counts["tokens"] * flops_per_token, "evaluated_at": evaluated_at}
             state["made_from"] = made_from
             losses = losses if evaluated_at == step else None

@@ -1,10 +1,10 @@
-"""A checkpoint is a Hugging Face GPT-2 directory: save and load models, and what a run needs to resume.
+"""A checkpoint is a Hugging Face directory: save and load models, and what a run needs to resume.
 
     python -c "from plumbing import checkpoint; print(checkpoint.load_model('out/demo/reference').config)"
     python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained('out/.../step-00000300')"
 
 config.json            GPT2Config's fields, and ours: bias, tokenizer
-tokenizer.json         and tokenizer_config.json (plumbing/tokenizers.py)
+tokenizer.json         and tokenizer_config.json, copied from the data directory
 model.safetensors      float32, GPT-2's keys, Conv1D layout (in, out), the tied head stored once
 optimizer.safetensors  "<key>|exp_avg", "<key>|exp_avg_sq", "<key>|step", in the layout of the weights
 trainer_state.json     step, tokens, settings, data, versions
@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 from model import GPT, GPTConfig
 from plumbing import storage
 from plumbing.configurator import UserError
-from plumbing.tokenizers import hf_files
 
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored (in, out) by GPT-2, (out, in) by nn.Linear
 MASK_BUFFER = re.compile(r"\.attn\.(masked_)?bias$")  # the causal mask, which old GPT-2 files carry
@@ -49,42 +48,67 @@ def hf_config(config: GPTConfig, tokenizer: str, eot: int) -> dict:
     return fixed | options | ours | dropout | {"bos_token_id": eot, "eos_token_id": eot}
 
 
-def gpt_config(table: dict, path: Path) -> GPTConfig:
-    """The GPTConfig of a config.json. Raises UserError for whatever model.py would compute differently."""
+def is_gpt2(table: dict) -> bool:
+    """Whether model.py computes the model of a config.json. Else transformers does (plumbing/decoders.py)."""
     accepted = FIXED | {"n_inner": [None, 4 * table.get("n_embd", 0)]}
-    wrong = [
-        f"{key} is {table[key]!r}, expected {values[0]!r}"
-        for key, values in accepted.items()
-        if key in table and table[key] not in values
-    ]
-    options = {"bias": True, "dropout": 0.0}  # OpenAI's models have biases; dropout is a setting of train.py
+    same = all(table.get(key, values[0]) in values for key, values in accepted.items())
+    return "model_type" in table and same
+
+
+def gpt_config(table: dict, path: Path) -> GPTConfig:
+    """The GPTConfig of a GPT-2's config.json. Raises UserError where a value is missing or impossible."""
+    wrong, options = [], {"bias": True}  # OpenAI's models have biases
     for field in fields(GPTConfig):
         key = RENAMED.get(field.name, field.name)
-        if key in table and field.name != "dropout":
+        if key in table and field.name != "dropout":  # which is a setting of train.py
             options[field.name] = table[key]
         elif field.name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
             wrong.append(f"no {key}")
-        if type(options.get(field.name, field.default)) is not field.type:  # "false" would be taken for true
+        plain = isinstance(field.type, type) and field.name in options
+        if plain and key in table and type(table[key]) is not field.type:  # "false" would be taken for true
             wrong.append(f"{key} is {table[key]!r}, expected {field.type.__name__}")
     try:
         config = GPTConfig(**options) if not wrong else None
     except ValueError as error:
         wrong.append(str(error))
-    if wrong or "model_type" not in table:
-        raise UserError(f"{path}/config.json: {'; '.join(wrong) or 'no model_type'}")
+    if wrong:
+        raise UserError(f"{path}/config.json: {'; '.join(wrong)}")
     return config
 
 
 def read_config(path: Path) -> GPTConfig:
-    """The GPTConfig of a GPT-2 directory. Raises UserError."""
-    return gpt_config(storage.read_json(path / "config.json"), path)
+    """The shape of the model in a directory, with its parameters and FLOPs. Raises UserError."""
+    table = storage.read_json(path / "config.json")
+    if is_gpt2(table):
+        return gpt_config(table, path)
+    with torch.device("meta"):
+        return load_model(path, fresh=True).config
+
+
+def vocabulary(directory: Path) -> dict | None:
+    """Token -> id, of the tokenizer files in a directory; None if there are none."""
+    if not (directory / "tokenizer.json").is_file():
+        old = directory / "vocab.json"
+        return storage.read_json(old) if old.is_file() else None
+    table = storage.read_json(directory / "tokenizer.json")
+    tokens = table["model"]["vocab"]
+    if isinstance(tokens, list):  # Unigram: [token, score]
+        tokens = {token: i for i, (token, _) in enumerate(tokens)}
+    return tokens | {token["content"]: token["id"] for token in table.get("added_tokens") or []}
 
 
 def check_tokenizer(path: Path, meta: dict):
     """Raise UserError if a model reads other tokens than the data has. OpenAI's models name none: gpt2."""
-    found, needed = storage.read_json(path / "config.json").get("tokenizer", "gpt2"), meta["tokenizer"]
-    if found != needed:
-        raise UserError(f"{path} reads tokens of {found!r}, the data those of {needed!r}; prepare it anew")
+    table = storage.read_json(path / "config.json")
+    found = table.get("tokenizer") or ("gpt2" if table.get("model_type") == "gpt2" else str(path))
+    theirs, ours = vocabulary(path), vocabulary(Path(meta["directory"]))
+    if theirs != ours if theirs and ours else found != meta["tokenizer"]:
+        named = "" if found != meta["tokenizer"] else " (another vocabulary of that name)"
+        remedy = f"prepare it anew with --tokenizer={path if named or '/' in found else found}"
+        raise UserError(
+            f"{path} reads tokens of {found!r}{named}, the data in {meta['directory']} those of "
+            f"{meta['tokenizer']!r}; {remedy}"
+        )
 
 
 # ---- weights
@@ -108,7 +132,7 @@ def hf_tensors(model: GPT) -> dict[str, torch.Tensor]:
     tensors = {}
     for key, parameter in model.named_parameters():
         tensors[key] = hf_layout(key, parameter.detach())
-        if not model.config.bias and not key.endswith(("wte.weight", "wpe.weight")):
+        if not model.config.bias and key.endswith(".weight") and "wte" not in key and "wpe" not in key:
             tensors[key.removesuffix("weight") + "bias"] = parameter.detach().new_zeros(parameter.shape[0])
     return tensors
 
@@ -147,33 +171,55 @@ def load_weights(weights: dict[str, torch.Tensor], model: GPT, path: Path):
         parameter.copy_(weights[key])
 
 
-def load_model(name: str | Path, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> GPT:
-    """The model in a checkpoint, a run or on the hub, on the CPU, in evaluation mode. Raises UserError."""
-    path = storage.resolve(name)
-    config, weights = replace(read_config(path), dropout=dropout), stored_weights(path)
+def load_model(
+    name: str | Path, dtype: torch.dtype = torch.float32, options: dict | None = None, fresh: bool = False
+) -> GPT:
+    """The model in a checkpoint, a run or on the hub, on the CPU, in evaluation mode. Raises UserError.
+
+    Of GPTConfig's options, dropout applies, and a shorter block_size: the first positions. All of them apply
+    to a `fresh` model, which has random weights. Another family comes as plumbing/decoders.py:Decoder.
+    """
+    path, options = storage.resolve(name), options or {}
+    table = storage.read_json(path / "config.json")
+    if not is_gpt2(table):
+        from plumbing import decoders  # imported here: GPT-2 does without it
+
+        return decoders.load(path, dtype, options, fresh)
+    config = gpt_config(table, path)
+    if fresh:
+        return fresh_model(asdict(config) | options, dtype).eval()
+    weights = stored_weights(path)
+    T = min(options.get("block_size", config.block_size), config.block_size)
+    if T < config.block_size:
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:T]
     # fine-tuned in transformers, a model's biases may no longer be zero
-    config.bias = config.bias or any(tensor.any() for key, tensor in weights.items() if key.endswith(".bias"))
+    bias = config.bias or any(tensor.any() for key, tensor in weights.items() if key.endswith(".bias"))
     with torch.device("meta"):  # no time and no random numbers for weights that are about to be replaced
-        model = GPT(config)
+        model = GPT(replace(config, bias=bias, block_size=T, dropout=options.get("dropout", 0.0)))
     model = model.to(dtype).to_empty(device="cpu")
     load_weights(weights, model, path)
     return model.eval()
 
 
-def open_model(name: str, meta: dict, dtype: torch.dtype, options: dict, seed: int = 0) -> tuple[GPT, dict]:
-    """The model that a run starts from or is taught by, on the CPU, and its lineage. "scratch": fresh ones.
+def fresh_model(options: dict, dtype: torch.dtype) -> GPT:
+    try:
+        return GPT(GPTConfig(**options)).to(dtype)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
-    Raises UserError unless it has these model options and reads the tokens of the data.
+
+def open_model(name: str, meta: dict, dtype: torch.dtype, options: dict, seed: int = 0) -> tuple[GPT, dict]:
+    """The model that a run starts from or is taught by, on the CPU, and its lineage, {} for random weights.
+
+    "scratch" is a GPT-2 of these options, "scratch:DIR" a model of DIR's shape, both with random weights.
+    Raises UserError unless it has these options and reads the tokens of the data.
     """
+    torch.manual_seed(seed)
     if name == "scratch":
-        torch.manual_seed(seed)
-        try:
-            return GPT(GPTConfig(**options)).to(dtype), {}
-        except ValueError as error:
-            raise UserError(str(error)) from None
-    path = storage.resolve(name)
+        return fresh_model(options, dtype), {}
+    fresh, path = name.startswith("scratch:"), storage.resolve(name.removeprefix("scratch:"))
     check_tokenizer(path, meta)
-    model = load_model(path, dtype, options.get("dropout", 0.0))
+    model = load_model(path, dtype, options, fresh)
     found = asdict(model.config)
     differ = [
         f"{key}: checkpoint {found[key]}, settings {value}"
@@ -182,28 +228,38 @@ def open_model(name: str, meta: dict, dtype: torch.dtype, options: dict, seed: i
     ]
     if differ:
         raise UserError(f"{path} does not have the expected model options: {'; '.join(differ)}")
-    return model, origin(path)
+    return model, {} if fresh else origin(path)
 
 
-def save(path: str | Path, model: GPT, tokenizer: str, eot: int, optimizer=None, files: dict | None = None):
-    """Publish a model, with its optimizer's state and more JSON files (name -> content) for a resumable run.
+def stored_form(model, tokenizer: str, eot: int) -> tuple[dict, dict[str, torch.Tensor]]:
+    """config.json and the tensors of model.safetensors."""
+    if isinstance(model, GPT):
+        return hf_config(model.config, tokenizer, eot), hf_tensors(model)
+    return model.table, model.stored_tensors()
+
+
+def save(path, model, tokenizer: str, eot: int, optimizer=None, files: dict | None = None, data_dir=None):
+    """Publish a model with the tokenizer files of data_dir, and what a run needs to resume: optimizer, JSON.
 
     Raises UserError, exit code 1, for a value that is not finite and for whatever the disk refuses.
     """
-    tensors = {"model": hf_tensors(model), "optimizer": {}}
+    config, weights = stored_form(model, tokenizer, eot)
+    tensors = {"model": weights, "optimizer": {}}
     for key, parameter in model.named_parameters() if optimizer else ():
         for part, value in optimizer.state[parameter].items():
-            tensors["optimizer"][f"{key}|{part}"] = hf_layout(key, value)
+            value = hf_layout(key, value) if isinstance(model, GPT) else value
+            tensors["optimizer"][f"{key}|{part}"] = value
     for key, value in (tensors["model"] | tensors["optimizer"]).items():
         if not value.isfinite().all():
             raise UserError(f"{path} was not written: {key} holds values that are not finite", exit_code=1)
-    files = hf_files(tokenizer, model.config.block_size) | (files or {})
     with storage.publish(path) as directory:
         for stem, values in tensors.items():
             if values:
                 values = {key: value.contiguous() for key, value in values.items()}
                 save_file(values, directory / f"{stem}.safetensors", metadata={"format": "pt"})
-        for name, content in (files | {"config.json": hf_config(model.config, tokenizer, eot)}).items():
+        if data_dir:
+            storage.copy_tokenizer(Path(data_dir).expanduser(), directory)
+        for name, content in ({"config.json": config} | (files or {})).items():
             storage.write_json(directory / name, content)
 
 
@@ -222,12 +278,13 @@ def load_optimizer(path: Path, model: GPT, optimizer: torch.optim.Optimizer):
     names = {parameter: key for key, parameter in model.named_parameters()}
     shapes = {key: parameter.shape for parameter, key in names.items()}
     stored = storage.read_tensors(path, "optimizer")
-    found = {name: hf_layout(name.split("|")[0], tensor) for name, tensor in stored.items()}
+    if isinstance(model, GPT):
+        stored = {name: hf_layout(name.split("|")[0], tensor) for name, tensor in stored.items()}
     parts = {"exp_avg": shapes, "exp_avg_sq": shapes, "step": dict.fromkeys(shapes, torch.Size([]))}
-    check_tensors(path, found, {f"{key}|{part}": parts[part][key] for part in parts for key in shapes})
+    check_tensors(path, stored, {f"{key}|{part}": parts[part][key] for part in parts for key in shapes})
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     state = {  # contiguous like the weights: fused AdamW walks both memories in step
-        i: {part: found[f"{key}|{part}"].clone(memory_format=torch.contiguous_format) for part in parts}
+        i: {part: stored[f"{key}|{part}"].clone(memory_format=torch.contiguous_format) for part in parts}
         for i, key in enumerate(order)
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -244,10 +301,13 @@ def to_resume(run_dir: Path, resume: bool | str) -> Path | None:
         raise UserError(f"{run_dir} holds checkpoints; add --resume to continue it, or change out_dir")
     newest = storage.latest(run_dir)
     if newest is None and (found or resume is True):
-        raise UserError(f"no usable checkpoint in {run_dir} ({len(found)} damaged); change out_dir")
+        remedy = "change out_dir" if found else "leave out --resume, or use --resume=auto"
+        raise UserError(f"no usable checkpoint in {run_dir} ({len(found)} damaged); {remedy}")
     log, partial = run_dir / "metrics.jsonl", run_dir / ".metrics.jsonl.partial"
+    if log.is_file() and newest is None:
+        log.replace(run_dir / "metrics-old.jsonl")  # its checkpoints were moved away, or never written
     if log.is_file():
-        last = int(newest.name.removeprefix("step-")) if newest else -1
+        last = int(newest.name.removeprefix("step-"))
         kept = [json.dumps(line) + "\n" for line in storage.read_log(log) if line["step"] <= last]
         if "".join(kept) != log.read_text(encoding="utf-8", errors="replace"):
             partial.write_text("".join(kept), encoding="utf-8")
@@ -272,7 +332,12 @@ def resume(path: Path, model: GPT, optimizer, scaler, settings: dict, override: 
         )
     if state["step"] > settings["max_steps"]:
         raise UserError(f"{path} is beyond max_steps {settings['max_steps']}; raise it or change out_dir")
-    load_weights(stored_weights(path), model, path)
+    if state["step"] == settings["max_steps"]:  # finished
+        return state
+    with torch.no_grad():
+        saved = load_model(path, next(model.parameters()).dtype)
+        for ours, theirs in zip(model.parameters(), saved.parameters(), strict=True):
+            ours.copy_(theirs)
     load_optimizer(path, model, optimizer)
     if state["scaler"]:
         scaler.load_state_dict(state["scaler"])
@@ -292,5 +357,5 @@ def origin(path: Path) -> dict:
 
 def identity(lineage: dict) -> str | dict:
     """Identifies a run's starting weights, so that two runs can be compared: hashes and layers."""
-    keys = ("sha256", "layers", "parts", "moments", "top_sha256")
+    keys = ("sha256", "layers", "parts", "moments", "width", "top_sha256")
     return {key: lineage[key] for key in keys if key in lineage} or "scratch"

@@ -95,7 +95,7 @@ def load(cls, argv: list[str] | None = None):
     preset = preset_options(Path(argv.pop(0)), hints) if argv and argv[0].endswith(".toml") else []
     for i, option in enumerate(argv):
         hint = hints.get(option.removeprefix("--"))
-        is_switch = hint is bool or True in typing.get_args(hint)
+        is_switch = bool in (hint, *typing.get_args(hint)) or True in typing.get_args(hint)
         if is_switch and "".join(argv[i + 1 : i + 2])[:2] in ("", "--"):
             argv[i] += "=True"  # --resume alone means --resume=True
     return tyro.cli(cls, args=preset + argv, use_underscores=True, config=(tyro.conf.FlagConversionOff,))

@@ -1,23 +1,25 @@
-"""Models of any family: load one, tokenize text for it, visit its attention matrices layer by layer.
+"""Any decoder of transformers, behind the interface of model.py's GPT: train, slice, measure, compare it.
 
     python analyze_attention.py HuggingFaceTB/SmolLM2-135M --data_dir=data/demo    # pip install transformers
-    python -c "from plumbing import decoders, storage; print(decoders.load(storage.resolve('gpt2')))"
+    python inheritune.py config/single_gpu.toml --reference=HuggingFaceTB/SmolLM2-135M
 
-A GPT-2 becomes our GPT, any other decoder a model of transformers, which is imported only here.
+checkpoint.py calls this for every config.json that model.py does not compute: other families, and GPT-2 with
+another activation. transformers is imported only here. The code that comes with a model is never run.
 """
 
 import contextlib
+import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from model import GPT
-from plumbing import checkpoint, storage
+from model import GPT, GPTConfig, token_losses
+from plumbing import storage
 from plumbing.configurator import UserError
-from plumbing.tokenizers import END_OF_TEXT, tokenizer
 
 SAFE = {"trust_remote_code": False}  # else transformers asks on stdin, and a piped "y" runs a stranger's code
 
@@ -36,45 +38,151 @@ def transformers_for(path: Path):
         raise UserError(f"{path}: {reason}; expected what transformers (pip install it) can load") from None
 
 
-def load(path: Path, untrained: bool = False) -> torch.nn.Module:
-    """The model in a directory, or a new one of its shape: float32, CPU, eval mode. Raises UserError."""
-    torch.manual_seed(0)  # for the untrained one
-    if storage.read_json(path / "config.json").get("model_type") == "gpt2":
-        return GPT(checkpoint.read_config(path)).eval() if untrained else checkpoint.load_model(path)
-    settings = {"attn_implementation": "eager", "dtype": torch.float32, **SAFE}  # fused kernels: no matrices
+@dataclass
+class DecoderConfig(GPTConfig):
+    """A decoder's shape in GPTConfig's words, with counts of its own."""
+
+    def __post_init__(self):  # n_embd need not be divisible by n_head
+        self.parameters = self.flops = 0  # no fields: they are no options
+
+    def num_params(self) -> int:
+        return self.parameters
+
+    def flops_per_token(self) -> int:
+        return self.flops
+
+
+class Decoder(torch.nn.Module):
+    """A causal language model of transformers that is used as a GPT."""
+
+    def __init__(self, hf: torch.nn.Module, table: dict, block_size: int | None, dropout: float):
+        super().__init__()
+        self.hf, text = hf, hf.config.get_text_config()
+        self.table = table  # its config.json
+        T = min(block_size or 1024, getattr(text, "max_position_embeddings", None) or sys.maxsize)
+        V, heads = hf.get_input_embeddings().num_embeddings, text.num_attention_heads
+        self.config = DecoderConfig(text.num_hidden_layers, heads, text.hidden_size, T, V, True, dropout)
+        self.config.parameters = sum(parameter.numel() for parameter in hf.parameters())
+        # 6 for each weight of a matrix product, and 12·L·T for each dimension of the heads, as in model.py
+        products = [m for m in hf.modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"]
+        width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+        attention = 12 * self.config.n_layer * width * T
+        self.config.flops = 6 * sum(module.weight.numel() for module in products) + attention
+
+    def forward(self, idx, targets=None, reduction="mean"):
+        """Logits (B, T, V); with targets (B, T) the cross-entropy in nats, as in model.py:GPT."""
+        logits = self.hf(input_ids=idx, use_cache=False).logits
+        return logits if targets is None else token_losses(logits, targets, reduction)
+
+    def named_parameters(self, *args, **kwargs):
+        """The family's own names, which are those of its checkpoints. A tied head has none of its own."""
+        return self.hf.named_parameters(*args, **kwargs)
+
+    def stored_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of model.safetensors: parameters, and the buffers that the family stores."""
+        stored = self.hf.state_dict()
+        buffers = {name: stored[name] for name, _ in self.hf.named_buffers() if name in stored}
+        return {name: parameter.detach() for name, parameter in self.named_parameters()} | buffers
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self.hf.is_gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool):
+        if on:
+            self.hf.gradient_checkpointing_enable({"use_reentrant": False})
+
+    param_groups, generate = GPT.param_groups, GPT.generate
+
+    @torch.no_grad()
+    def visit_attention(self, idx: torch.Tensor, visit):
+        """Call visit(layer, A (B, H, T, T)) for each layer that has attention, on idx (B, T). UserError.
+
+        One layer is in memory at a time.
+        """
+        names = {m: name for name, m in self.hf.named_modules() if "Attention" in type(m).__name__}
+        seen, T = set(), idx.shape[1]
+
+        def hook(module, inputs, output):
+            number = re.search(r"\.(\d+)\.", names.get(module, ""))  # "model.layers.3.self_attn"
+            if not number or not isinstance(output, tuple):
+                return None
+            layer = int(number[1])
+            square = [torch.is_tensor(part) and part.shape[2:] == (T, T) for part in output]
+            if any(square) and layer not in seen:  # some families put one attention module inside another
+                seen.add(layer)
+                visit(layer, output[square.index(True)])
+            return tuple(None if is_square else part for part, is_square in zip(output, square, strict=True))
+
+        implementation = self.hf.config._attn_implementation
+        self.hf.set_attn_implementation("eager")  # the fused kernels never hold the matrices
+        self.hf.config._attn_implementation = "eager"  # Falcon ignores the line above
+        try:
+            with torch.nn.modules.module.register_module_forward_hook(hook):
+                self.hf.base_model(input_ids=idx, use_cache=False)  # without the head: no logits are needed
+                if not seen:  # some families compute them only when asked
+                    self.hf.base_model(input_ids=idx, use_cache=False, output_attentions=True)
+        finally:
+            self.hf.set_attn_implementation(implementation)
+            self.hf.config._attn_implementation = implementation
+        if not seen:
+            name = type(self.hf).__name__
+            raise UserError(f"{name} has no attention matrix; expected a softmax attention layer")
+
+
+def load(path: Path, dtype: torch.dtype, options: dict, fresh: bool) -> Decoder:
+    """The model in a directory, on the CPU, in evaluation mode. `fresh`: random weights of its shape.
+
+    Of the options (GPTConfig's names) block_size and dropout apply, and n_layer to a fresh one. UserError.
+    """
+    dropout = options.get("dropout", 0.0)
     with transformers_for(path) as transformers:
         config = transformers.AutoConfig.from_pretrained(path, **SAFE)
-        if untrained:
-            return transformers.AutoModelForCausalLM.from_config(config, **settings).eval()
-        settings |= {"config": config, "use_safetensors": True, "output_loading_info": True}  # never a pickle
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(path, **settings)
-        if found["missing_keys"]:  # transformers leaves random weights there
-            raise ValueError(f"no weights for {', '.join(sorted(found['missing_keys'])[:5])}")
-    return model.eval()
+        text, table = config.get_text_config(), storage.read_json(path / "config.json")
+        n_layer = options.get("n_layer") or text.num_hidden_layers
+        for key, value in text.to_dict().items():
+            if fresh and isinstance(value, list) and len(value) == text.num_hidden_layers:
+                setattr(text, key, value[:n_layer])
+            if key.endswith(("dropout", "pdrop")) and isinstance(value, float | int):
+                setattr(text, key, dropout)
+        if fresh:
+            text.num_hidden_layers = n_layer
+            table = json.loads(config.to_json_string(use_diff=False))
+            hf = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **SAFE)
+        else:
+            how = {"dtype": dtype, "config": config, "use_safetensors": True, **SAFE}  # never a pickle
+            how |= {"output_loading_info": True}
+            hf, found = transformers.AutoModelForCausalLM.from_pretrained(path, **how)
+            if found["missing_keys"]:  # transformers leaves random weights there
+                raise ValueError(f"no weights for {', '.join(sorted(found['missing_keys'])[:5])}")
+        table = {key: value for key, value in table.items() if key != "torch_dtype"} | {"dtype": "float32"}
+        return Decoder(hf, table, options.get("block_size"), dropout).eval()
 
 
-def longest_sequence(path: Path) -> int:
-    """The most tokens that a model reads at once; sys.maxsize where its config.json has no limit."""
-    table = storage.read_json(path / "config.json")
-    table |= table.get("text_config", {})  # of a multimodal model
-    return table.get("n_positions") or table.get("max_position_embeddings") or sys.maxsize
+def derived_config(path: Path) -> dict:
+    """config.json with all that transformers derives from it, such as each layer's kind. UserError.
 
-
-def n_layer(model: torch.nn.Module) -> int:
-    config = model.config
-    return config.n_layer if isinstance(model, GPT) else config.get_text_config().num_hidden_layers
-
-
-def validation_tokens(path: Path, model: torch.nn.Module, stored: np.ndarray, meta: dict):
-    """The validation text in a model's own tokens (N,), and what begins each window: [] or [bos]. UserError.
-
-    A GPT-2 reads the tokens as stored. Others get an end-of-text token after each document, if they have one.
+    A family may say only "every sixth layer"; a list with an entry for each layer can be sliced.
     """
-    if isinstance(model, GPT):
-        checkpoint.check_tokenizer(path, meta)
-        return stored, []
-    text = tokenizer(meta["tokenizer"]).decode(stored.tolist())
-    documents = [document for document in text.split(END_OF_TEXT) if document]
+    with transformers_for(path) as transformers:
+        config = transformers.AutoConfig.from_pretrained(path, **SAFE)
+        return json.loads(config.to_json_string(use_diff=False))
+
+
+def check_opens(path: Path):
+    """Raise UserError unless every tensor of a directory has its place in the model, and none is missing."""
+    with transformers_for(path) as transformers:
+        how = {"output_loading_info": True, "use_safetensors": True, "dtype": "auto", **SAFE}
+        _, found = transformers.AutoModelForCausalLM.from_pretrained(path, **how)
+        kinds = [f"{kind}_keys" for kind in ("missing", "unexpected", "mismatched")]
+        wrong = [str(each) for kind in kinds for each in found[kind]]
+        if wrong:
+            raise ValueError(f"sliced, its layers are of other kinds: {', '.join(sorted(wrong)[:3])}")
+
+
+def reencode(path: Path, documents: list[str], n_ids: int) -> tuple[np.ndarray, list[int]]:
+    """Documents in a model's own tokens (N,), and what begins each of its texts: [] or [bos]. UserError."""
     with transformers_for(path) as transformers:
         own = transformers.AutoTokenizer.from_pretrained(path, **SAFE)
         encoded = own(documents, add_special_tokens=False, verbose=False)["input_ids"]
@@ -82,45 +190,6 @@ def validation_tokens(path: Path, model: torch.nn.Module, stored: np.ndarray, me
         end = [] if own.eos_token_id is None else [own.eos_token_id]
         tokens = np.array([token for ids in encoded for token in (*ids, *end)], dtype=np.int64)
         word, back = documents[0].split()[0].lower(), own.decode(encoded[0]).lower()
-        if word not in back or tokens.max() >= model.get_input_embeddings().num_embeddings:
+        if word not in back or tokens.max() >= n_ids:
             raise ValueError(f"its tokenizer ({len(own)} tokens) is empty or a different model's")
     return tokens, first if first == [own.bos_token_id] else []
-
-
-def checked(A: torch.Tensor, layer: int) -> torch.Tensor:
-    """A (B, H, T, T) if it is what the measures are defined for. Raises UserError, exit code 1."""
-    if heads := (~A.sum((-2, -1)).isfinite()).any(0).nonzero().flatten().tolist():
-        raise UserError(f"layer {layer}, heads {heads}: attention is not finite; check the weights", 1)
-    if A.min() < 0 or A.triu(1).any() or (A.float().sum(-1) - 1).abs().max() > 1e-3:
-        expected = "entries >= 0, none above the diagonal, rows that sum to 1; this family cannot be measured"
-        raise UserError(f"layer {layer}: found no causal attention matrix; expected {expected}", 1)
-    return A
-
-
-@torch.no_grad()
-def attention_matrices(model: torch.nn.Module, idx: torch.Tensor, visit):
-    """Call visit(layer, attention (B, H, T, T)) for each layer that has attention, on idx (B, T). UserError.
-
-    One layer is in memory at a time.
-    """
-    if isinstance(model, GPT):
-        x = model.embed(idx)
-        for layer, block in enumerate(model.transformer.h):
-            visit(layer, checked(block.attn.matrix(block.ln_1(x)), layer))
-            x = block(x)
-        return
-    attentions = {m: name for name, m in model.named_modules() if "Attention" in type(m).__name__}
-    seen, T = set(), idx.shape[1]
-
-    def hook(module, inputs, output):
-        number = re.search(r"\.(\d+)\.", attentions.get(module, ""))  # "model.layers.3.self_attn"
-        for part in output if number and isinstance(output, tuple) else ():
-            layer, is_square = int(number[1]), torch.is_tensor(part) and part.shape[2:] == (T, T)
-            if is_square and layer not in seen:  # some families put one attention module inside another
-                seen.add(layer)
-                visit(layer, checked(part, layer))
-
-    with torch.nn.modules.module.register_module_forward_hook(hook):
-        model.base_model(input_ids=idx, use_cache=False)  # without the head, whose logits are not needed
-    if not seen:
-        raise UserError(f"{type(model).__name__} has no attention matrix; expected a softmax attention layer")

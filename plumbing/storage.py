@@ -25,7 +25,8 @@ UMASK = os.umask(0o022)
 os.umask(UMASK)  # the only way to read it is to set it
 TOKENIZER_FILES = (  # what travels with the weights
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "chat_template.jinja", "generation_config.json",
 )
 
 
@@ -117,6 +118,13 @@ def read_tensors(directory: Path, stem: str = "model") -> dict:
     return found
 
 
+def copy_tokenizer(source: Path, directory: Path):
+    """Copy what belongs to a model beside its weights and config.json: tokenizer files, its family's code."""
+    for file in source.iterdir():
+        if file.name in TOKENIZER_FILES or file.suffix == ".py":
+            shutil.copy(file, directory)
+
+
 def hashes(directory: Path) -> dict[str, str]:
     """File name -> sha256 of a model's weights."""
     return {path.name: sha256_of(path) for path in tensor_files(directory)}
@@ -128,7 +136,7 @@ def hashes(directory: Path) -> dict[str, str]:
 @contextlib.contextmanager
 def publish(path: str | Path):
     """A directory to fill, which becomes `path` atomically. UserError if it exists or the disk refuses."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.exists():
         raise UserError(f"{path} exists already; remove it or choose a different place")
     partial = path.with_name(f".tmp-{path.name}-{os.getpid()}-{time.time_ns()}")
@@ -226,27 +234,31 @@ def lock(directory: str | Path):
         held.release()
 
 
-def resolve(name: str | Path) -> Path:
+def resolve(name: str | Path, needed: str = "config.json") -> Path:
     """The verified directory of a model: a checkpoint, a run (its latest checkpoint) or a name on the hub.
 
-    A directory without a manifest, as transformers writes it, is taken as it is. Raises UserError.
+    A directory without a manifest, as transformers writes it, is taken as it is. needed="tokenizer.json": a
+    tokenizer's. Raises UserError.
     """
     path = Path(name).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not (path / needed).is_file():
         path = latest(path) or path
     if (path / "manifest.json").is_file():
         verify(path)
-    if (path / "config.json").is_file():
+    if (path / needed).is_file():
         return path
     if path.exists() or Path(path.parts[0]).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
         raise UserError(f"{name} is no checkpoint, run directory or name on the hub (pickles are not loaded)")
 
     import huggingface_hub  # imported here: local work never needs the hub
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES]
+    patterns = ["config.json", "*.py", *TOKENIZER_FILES]  # code is copied, never run
+    patterns += ["model*.safetensors", "model.safetensors.index.json"] if needed == "config.json" else []
     try:
         found = huggingface_hub.snapshot_download(str(name), allow_patterns=patterns, ignore_patterns=["*/*"])
         return Path(found)
     except Exception as error:  # its own errors, OSErrors and those of its HTTP library
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"{name} is no directory and could not be loaded from the hub ({reason})") from None
+        remedy = "; accept its terms on the hub and set HF_TOKEN" * ("Gated" in reason)
+        where = f"{name} is no directory and could not be loaded from the hub"
+        raise UserError(f"{where} ({reason}){remedy}") from None

@@ -15,7 +15,7 @@ from test_decoders import save
 
 import analyze_attention
 from analyze_attention import MEASURES, AnalyzeConfig, Measure, analyze, k_star, m_star, sink, stored, track
-from plumbing import checkpoint, decoders, figures
+from plumbing import checkpoint, figures
 from plumbing.configurator import UserError
 
 # ---- The definitions, word for word and independent of the project's code
@@ -211,7 +211,7 @@ def test_a_new_measure_is_one_entry(gpt, corpus, tmp_path, capsys, monkeypatch):
         lines = list(csv.DictReader(file))
     assert len(lines) == 2 * 4 and float(lines[2]["avg_entropy"]) == result["layers"][2]["avg_entropy"] > 0
     values = np.fromfile(corpus / "val.bin", dtype="<u2")
-    tracked = track(decoders.load(gpt), values)
+    tracked = track(checkpoint.load_model(gpt), values)
     assert len(tracked["Entropy"]) == 4
     figures.plot_collapse([tracked | {"step": 0}, tracked | {"step": 5}], tmp_path / "collapse.png")
 
@@ -272,7 +272,7 @@ def test_two_models_and_the_control_are_analyzed_side_by_side(gpt, corpus, tmp_p
 
 
 def test_the_heads_that_are_drawn_are_those_asked_for_or_the_extremes(gpt, corpus):
-    model = decoders.load(gpt)
+    model = checkpoint.load_model(gpt)
     idx = analyze_attention.random_windows(np.fromfile(corpus / "val.bin", dtype="<u2"), 50, 4, 0, [])
     values = analyze_attention.measure(model, idx, MEASURES, 3)
     matrices = list(model.attention_matrices(idx[:1]))
@@ -355,7 +355,7 @@ def test_a_hybrid_s_layers_without_attention_are_neither_measured_nor_lazy(
 def test_tracking_finds_what_the_analysis_finds_and_leaves_model_and_random_state_alone(
     gpt, corpus, tmp_path
 ):
-    model, val = decoders.load(gpt).train(), np.fromfile(corpus / "val.bin", dtype="<u2")
+    model, val = checkpoint.load_model(gpt).train(), np.fromfile(corpus / "val.bin", dtype="<u2")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
     tracked = track(model, val)
@@ -386,7 +386,7 @@ def test_every_figure_of_the_report_is_drawn(gpt, corpus, tmp_path):
     result = analyze(config(gpt, corpus, tmp_path / "a", sequences=2))
     figures.plot_ranks({"reference": result, "target": result}, tmp_path / "rank.png")
     lines = [
-        track(decoders.load(gpt), np.fromfile(corpus / "val.bin", dtype="<u2")) | {"step": s}
+        track(checkpoint.load_model(gpt), np.fromfile(corpus / "val.bin", dtype="<u2")) | {"step": s}
         for s in (0, 10, 20)
     ]
     figures.plot_collapse(lines, tmp_path / "collapse.png")

@@ -13,7 +13,8 @@ import torch
 from conftest import random_model
 from safetensors.torch import load_file, save_file
 
-from plumbing import decoders
+import analyze_attention
+from plumbing import checkpoint, decoders
 from plumbing.configurator import UserError
 
 SHAPE = {
@@ -25,7 +26,7 @@ FAMILIES = {
     "Llama": {"num_key_value_heads": 2}, "Qwen3": {"num_key_value_heads": 2, "head_dim": 8}, "GPTNeoX": {},
     "Lfm2": {}, "Gemma3Text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16},
 }  # fmt: skip
-META = {"tokenizer": "bytes"}
+META = {"tokenizer": "bytes", "directory": "no/such/directory"}
 
 
 def tiny(family: str, **changes):
@@ -34,6 +35,10 @@ def tiny(family: str, **changes):
     torch.manual_seed(1)
     config = getattr(transformers, f"{family}Config")(**SHAPE | changes)
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+def wrapped(hf) -> decoders.Decoder:
+    return decoders.Decoder(hf, {}, None, 0.0).eval()
 
 
 def save(folder: Path, family: str, documents: list[str], bos: bool, **changes) -> Path:
@@ -67,10 +72,10 @@ def val_bytes(documents) -> np.ndarray:
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "GPTNeoX", "Gemma3Text"])
 def test_the_matrices_are_the_family_s_own_output_attentions(family):
     model, idx, found = tiny(family, **FAMILIES[family]), torch.randint(300, (3, 40)), {}
-    decoders.attention_matrices(model, idx, found.__setitem__)
+    analyze_attention.visit_attention(wrapped(model), idx, found.__setitem__)
     with torch.no_grad():
         own = model(idx, output_attentions=True).attentions
-    assert list(found) == [0, 1, 2] and decoders.n_layer(model) == 3
+    assert list(found) == [0, 1, 2]
     for layer, matrices in enumerate(own):
         torch.testing.assert_close(found[layer], matrices)
 
@@ -81,7 +86,7 @@ def test_a_layer_s_matrices_are_gone_before_the_next_layer_has_its_own(family):
     model = (
         random_model(n_layer=6, block_size=20, dtype=torch.float32)
         if ours
-        else tiny(family, num_hidden_layers=6)
+        else wrapped(tiny(family, num_hidden_layers=6))
     )
     given, alive = [], []
 
@@ -89,18 +94,18 @@ def test_a_layer_s_matrices_are_gone_before_the_next_layer_has_its_own(family):
         alive.append([reference() is not None for reference in given])
         given.append(weakref.ref(matrices))
 
-    decoders.attention_matrices(model, torch.randint(60, (2, 20)), visit)
+    analyze_attention.visit_attention(model, torch.randint(60, (2, 20)), visit)
     assert len(given) == 6 and not any(map(any, alive))
 
 
 def test_layers_without_attention_are_not_visited_and_a_model_without_any_is_refused():
     kinds = ["conv", "full_attention", "conv"]
     hybrid, found = tiny("Lfm2", num_key_value_heads=2, block_multiple_of=1, layer_types=kinds), {}
-    decoders.attention_matrices(hybrid, torch.randint(300, (2, 20)), found.__setitem__)
-    assert list(found) == [1] and decoders.n_layer(hybrid) == 3
+    analyze_attention.visit_attention(wrapped(hybrid), torch.randint(300, (2, 20)), found.__setitem__)
+    assert list(found) == [1]
     with pytest.raises(UserError, match="MambaForCausalLM has no attention matrix"):
-        decoders.attention_matrices(
-            tiny("Mamba", state_size=4), torch.randint(300, (2, 20)), found.__setitem__
+        analyze_attention.visit_attention(
+            wrapped(tiny("Mamba", state_size=4)), torch.randint(300, (2, 20)), found.__setitem__
         )
 
 
@@ -124,15 +129,15 @@ def test_what_is_no_causal_attention_matrix_is_one_line_that_names_the_layer(wha
         else "layer 1: found no causal attention"
     )
     with pytest.raises(UserError, match=message) as caught:
-        decoders.attention_matrices(model, torch.zeros(2, 8, dtype=torch.long), lambda *_: None)
+        analyze_attention.visit_attention(model, torch.zeros(2, 8, dtype=torch.long), lambda *_: None)
     assert caught.value.exit_code == 1
 
 
 def test_another_family_reads_the_same_text_in_its_own_tokens(llama, val_bytes, documents):
     import transformers
 
-    model, own = decoders.load(llama), transformers.AutoTokenizer.from_pretrained(llama)
-    tokens, begin = decoders.validation_tokens(llama, model, val_bytes, META)
+    model, own = checkpoint.load_model(llama), transformers.AutoTokenizer.from_pretrained(llama)
+    tokens, begin = analyze_attention.validation_tokens(llama, model, val_bytes, META)
     texts = own.decode(tokens).split("<end>")
     assert texts.pop() == "" and texts == documents[:6]
     assert begin == []
@@ -140,21 +145,15 @@ def test_another_family_reads_the_same_text_in_its_own_tokens(llama, val_bytes, 
 
 def test_a_tokenizer_with_a_begin_of_text_token_gives_it_for_every_window(val_bytes, documents, tmp_path):
     path = save(tmp_path / "gemma", "Gemma3Text", documents, bos=True)
-    tokens, begin = decoders.validation_tokens(path, decoders.load(path), val_bytes, META)
+    tokens, begin = analyze_attention.validation_tokens(path, checkpoint.load_model(path), val_bytes, META)
     assert begin == [1] and 1 not in tokens
 
 
 def test_an_untrained_model_has_the_shape_but_not_the_weights(llama):
-    trained, fresh = decoders.load(llama).state_dict(), decoders.load(llama, untrained=True).state_dict()
+    trained, fresh = checkpoint.load_model(llama).stored_tensors(), checkpoint.load_model(llama, fresh=True).stored_tensors()
     key = "model.layers.1.self_attn.k_proj.weight"
     assert trained.keys() == fresh.keys() and not torch.equal(trained[key], fresh[key])
     assert trained[key].shape == fresh[key].shape and trained[key].dtype == torch.float32
-
-
-def test_the_longest_sequence_is_read_from_config_json(llama, tmp_path):
-    assert decoders.longest_sequence(llama) == 128
-    (tmp_path / "config.json").write_text('{"text_config": {"max_position_embeddings": 77}}')
-    assert decoders.longest_sequence(tmp_path) == 77
 
 
 def test_code_that_comes_with_a_model_is_not_run(llama, tmp_path, monkeypatch):
@@ -169,10 +168,10 @@ def test_code_that_comes_with_a_model_is_not_run(llama, tmp_path, monkeypatch):
         (folder / "config.json").write_text(json.dumps(table))
         monkeypatch.setattr("builtins.input", lambda *_: "y")
         if model_type == "llama":
-            decoders.load(folder)
+            checkpoint.load_model(folder)
         else:
             with pytest.raises(UserError, match="trust_remote_code|custom code"):
-                decoders.load(folder)
+                checkpoint.load_model(folder)
     assert not (tmp_path / "ran").exists()
 
 
@@ -182,7 +181,7 @@ def test_what_is_wrong_with_a_model_of_another_family_is_one_line(llama, val_byt
 
     def error(folder) -> str:
         with pytest.raises(UserError) as caught:
-            decoders.validation_tokens(folder, decoders.load(folder), val_bytes, META)
+            analyze_attention.validation_tokens(folder, checkpoint.load_model(folder), val_bytes, META)
         assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
         return str(caught.value)
 

@@ -233,7 +233,7 @@ def test_a_different_target_is_measured_and_a_different_setting_measures_again(f
         and storage.read_json(out_dir / "recipe.json")["tolerance"] == 10
     )
     for run, n_layer in (("inherited-1", 1), ("reference", 4)):
-        found = storage.read_json(out_dir / run / "attention/attention.json")
+        found = storage.read_json(out_dir / run / "recipe_attention/attention.json")
         assert found["sequences"] == 2 and len(found["layers"]) == n_layer
 
 

@@ -113,8 +113,9 @@ def test_a_trained_checkpoint_has_the_accuracy_and_likelihoods_that_our_logits_g
 
 @pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs TIKTOKEN_CACHE_DIR with GPT-2's files")
 def test_a_padded_gpt2_vocabulary_is_scored_as_our_logits_score_it(tmp_path):
+    tokenizers.write_files(tokenizers.tokenizer("gpt2"), tmp_path)
     model = random_model(vocab_size=50304, block_size=32, dtype=torch.float32, scale_attn_by_inverse_layer_idx=True)
-    checkpoint.save(tmp_path / "padded", model, "gpt2", 50256)
+    checkpoint.save(tmp_path / "padded", model, "gpt2", 50256, data_dir=tmp_path)
     questions = write_task(tmp_path)
     ours = our_log_likelihoods(model, tokenizers.tokenizer("gpt2"), questions)
     found_accuracy, found = lm_eval(tmp_path / "padded", tmp_path)

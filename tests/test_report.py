@@ -88,7 +88,10 @@ def test_every_model_has_a_row_and_tokens_of_all_it_came_from(finished):
 def test_a_source_outside_of_the_recipe_has_an_unknown_cost(finished, tmp_path):
     recipe = storage.read_json(finished / "recipe.json")
     assert report.spent(recipe["models"][1], recipe, finished)["tokens"] == 2 * 20 * 256
-    recipe["models"][1]["sources"] = ["/somewhere/gpt2"]
+    elsewhere = shutil.copytree(finished / "reference", tmp_path / "reference") / "step-00000020"
+    state = storage.read_json(elsewhere / "trainer_state.json")
+    storage.write_json(elsewhere / "trainer_state.json", state | {"step": 0, "tokens": 0})
+    recipe["models"][1]["sources"] = [str(elsewhere)]
     assert report.spent(recipe["models"][1], recipe, finished) is None
 
 

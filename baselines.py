@@ -35,6 +35,7 @@ def baselines(n: int, k: int) -> dict[str, Baseline]:
     half, other_half = list(range((k + 1) // 2)), list(range(k // 2))
     every_other = list(range(0, n, 2))[:k]
     every_other += range(max(0, n - 2 - k + len(every_other)), n - 2)  # DistilBERT's; 16 of 24: ::2,18:22
+    third = max(1, n // 3)
     in_place = 5 * n // 8  # of 24 layers the last 9 stay in place
     wsd = {"schedule": "wsd"}
     return {
@@ -42,7 +43,12 @@ def baselines(n: int, k: int) -> dict[str, Baseline]:
         "random": Baseline(n_layer=k),
         "random, twice the steps": Baseline(n_layer=k, steps=2),
         "reference, trained on": Baseline(layers=everything),
-        # ---- which layers (paper, figure 3: the lazy layers are the last half; table 4; figure 23)
+        # ---- which third, with random ones beside it (paper, table 4)
+        "first third": Baseline(layers=everything[:third]),
+        "middle third": Baseline(layers=everything[(n - third) // 2 :][:third]),
+        "last third": Baseline(layers=everything[n - third :]),
+        "random, third": Baseline(n_layer=third),
+        # ---- which layers (paper, figure 3: the lazy layers are the last half; figure 23)
         "first half": Baseline(layers=list(range(n // 2))),
         "lazy layers": Baseline(layers=list(range(n - n // 2, n))),
         "random, half": Baseline(n_layer=n // 2),
@@ -95,6 +101,8 @@ CLAIMS = [  # of the paper, then ours: text, the model that should be better, th
     ("They beat random ones with twice the steps", "target", "random, twice the steps"),
     ("Early layers transfer more than lazy ones", "first half", "lazy layers"),
     ("Lazy layers transfer little: they are no better than random ones", "random, half", "lazy layers"),
+    ("The middle third transfers more than the first", "middle third", "first third"),
+    ("The middle third transfers more than the lazy last", "middle third", "last third"),
     ("Inheriting beats stacking", "target", "stacking"),
     ("Inheriting beats hybrid stacking", "target", "hybrid stacking"),
     ("Inheriting beats half width", "target", "half width"),
@@ -112,3 +120,23 @@ CLAIMS = [  # of the paper, then ours: text, the model that should be better, th
     ("WSD beats random, twice the steps", "inherited with moments, WSD", "random, twice the steps, WSD"),
     ("WSD beats the reference trained on", "inherited with moments, WSD", "reference, WSD, trained on"),
 ]
+
+# The paper's validation losses on OpenWebText, cut off after two digits (tables 2 to 5, figure 24), by preset
+PAPER = {
+    "small": {"first third": 3.22, "middle third": 3.19, "last third": 3.23, "random, third": 3.25},
+    "medium": {
+        "reference": 2.81, "inherited, 12 layers": 2.87, "inherited, 14 layers": 2.84,
+        "inherited, 16 layers": 2.81, "random": 2.86, "random, twice the steps": 2.83, "half width": 3.04,
+        "stacking": 2.84, "hybrid stacking": 2.83, "attention and its norm": 2.84, "MLP and its norm": 2.85,
+        "attention and MLP, no norms": 2.80,
+    },
+    "medium-200k": {"reference": 2.87, "inherited, 18 layers": 2.86},
+    "large": {
+        "reference": 2.85, "inherited, 18 layers": 2.80, "random": 2.97, "random, twice the steps": 2.84,
+        "half width": 3.06, "stacking": 2.87, "hybrid stacking": 2.89,
+    },
+    "xl": {
+        "reference": 2.65, "inherited, 24 layers": 2.64, "random": 2.69, "random, twice the steps": 2.62,
+        "half width": 2.77, "stacking": 2.65, "hybrid stacking": 2.64,
+    },
+}

@@ -16,7 +16,7 @@ from typing import Literal
 
 import data
 from analyze_attention import AnalyzeConfig, analyze, stored, suggested_layers
-from baselines import CLAIMS, Baseline, baselines
+from baselines import CLAIMS, PAPER, Baseline, baselines
 from inherit import inherit, lineage_of
 from model import GPTConfig
 from plumbing import checkpoint, configurator, machine, storage
@@ -40,6 +40,7 @@ class RecipeConfig(TrainConfig):
     seeds: list[int] = field(default_factory=list)  # train everything with each of these; empty: with seed
     sequences: int = 100  # of the attention analysis
     baselines: list[str] = field(default_factory=list)  # names in baselines.py
+    paper: str = ""  # results of the paper for the report to print beside (baselines.py:PAPER)
 
     @functools.cached_property
     def n(self) -> int:
@@ -106,6 +107,8 @@ def train_config(config: RecipeConfig, model: Baseline, seed: int, out_dir: Path
 def check(config: RecipeConfig):
     """Check every model's settings, so that a mistake shows before the first step. Raises UserError."""
     models = {"reference": Baseline(n_layer=config.n)} | wanted(config.baselines, config.n, config.first_k)
+    if config.paper:
+        configurator.check_key(config.paper, PAPER, "paper")
     base = checkpoint.read_config(storage.resolve(config.reference)) if config.reference else GPTConfig()
     for name, model in models.items():
         try:
@@ -213,7 +216,7 @@ def recipe(config: RecipeConfig):
         if unless_there and (out_dir / "recipe.json").exists():
             return ""
         claims = [dict(zip(("text", "better", "worse"), claim, strict=True)) for claim in CLAIMS]
-        content = {"models": compared, "tolerance": config.tolerance, "claims": claims}
+        content = {"models": compared, "tolerance": config.tolerance, "claims": claims, "paper": config.paper}
         storage.replace_json(out_dir / "recipe.json", content)
         return report(out_dir)
 

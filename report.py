@@ -1,6 +1,7 @@
 """Tables and figures of a recipe: report.md, loss.png, differences.png, rank.png.
 
     python report.py out/demo            # writes out/demo/report.md again; inheritune.py ends with it
+    python report.py out/gpt2-medium --paper=medium   # beside the paper's results
     python report.py out/mine --animate  # one run trained with --track_rank: its ranks by step and layer
 
 It reads out_dir/recipe.json (written by inheritune.py), each run's metrics.jsonl and last checkpoint, and the
@@ -17,6 +18,7 @@ import torch
 import tyro
 
 import data
+from baselines import PAPER
 from plumbing import checkpoint, configurator, figures, storage
 from plumbing.configurator import UserError
 
@@ -33,6 +35,7 @@ class ReportConfig:
 
     out_dir: tyro.conf.Positional[str]  # of a recipe; or of one run that was trained with --track_rank
     animate: bool = False  # for one run, write collapse.gif too
+    paper: str = ""  # put these results of the paper beside a recipe's: small, medium, medium-200k, large, xl
 
 
 # ---- numbers
@@ -132,7 +135,7 @@ def rows_of(recipe: dict, out_dir: Path) -> list[dict]:
             "loss": float(losses.mean()), "error": data.mean_and_error(losses.mean(0))[1], "each": each,
             "difference": difference, "interval": interval, "curve": (tokens, values),
             "spread": float(np.std(each if rows else losses.mean(1), ddof=1)) if len(paths) > 1 else None,
-            "reached": float(reached[0] / max(1, tokens[-1])) if len(reached) else None,
+            "reached": float(reached[0] / tokens[-1]) if len(reached) and tokens[-1] else None,
             "latency": latencies[str(config)],
             "verdict": verdict(difference, interval, recipe["tolerance"]) if rows else "reference",
         })
@@ -166,7 +169,8 @@ def comparison(rows: list[dict]) -> str:
             f"{cost['tokens'] / 1e6:.2f} M" if cost else "?", f"{cost['flops']:.2e}" if cost else "?",
             f"{row['loss']:.4f} ± {row['error']:.4f}", plus_minus(row["difference"], row["interval"]),
             f"{row['spread']:.4f}, {len(row['paths'])}" if row["spread"] is not None else "one seed",
-            f"{reached:.0%}" if reached is not None else "never", f"{row['latency']:.2f}", row["verdict"],
+            f"{reached:.0%}" if reached is not None else "never" if row["own_tokens"] else "-",
+            f"{row['latency']:.2f}", row["verdict"],
         ])
     return table(cells)
 
@@ -189,6 +193,15 @@ def claims(rows: list[dict], recipe: dict) -> str:
             holds = "depends on the seed"
         cells.append([claim["text"], better["name"], worse["name"], plus_minus(difference, interval),
                       f"{sum(lower)} of {len(lower)}", holds])
+    return table(cells)
+
+
+def paper_table(rows: list[dict], key: str) -> str:
+    """The losses here beside the paper's, for the models that both have. Raises UserError."""
+    configurator.check_key(key, PAPER, "paper")
+    losses = [(row["name"], row["loss"], PAPER[key].get(row["name"])) for row in rows]
+    cells = [["model", "val loss here", f"in the paper ({key})", "difference"]]
+    cells += [[name, f"{a:.4f}", f"{b:.2f}", f"{a - b:+.4f}"] for name, a, b in losses if b]
     return table(cells)
 
 
@@ -220,7 +233,7 @@ def report_run(run_dir: Path, animate: bool) -> str:
     return f"{run_dir}/collapse.png"
 
 
-def report(out_dir: str | Path, animate: bool = False) -> str:
+def report(out_dir: str | Path, animate: bool = False, paper: str = "") -> str:
     """Write report.md and its figures. Returns the tables as text. Raises UserError."""
     out_dir = Path(out_dir)
     if (out_dir / "metrics.jsonl").is_file():  # one run, not a recipe
@@ -239,6 +252,8 @@ def report(out_dir: str | Path, animate: bool = False) -> str:
     commits = ", ".join(sorted({state["versions"]["commit"] for state in states}))
     seeds = ", ".join(sorted({str(state["settings"]["seed"]) for state in states}))
     sections = [comparison(rows), claims(rows, recipe), attention_table(attention)]
+    paper = paper or recipe.get("paper", "")
+    beside = [f"## Beside the paper\n\n{paper_table(rows, paper)}"] if paper else []
     text = f"""# {out_dir.name}
 
 {sections[0]}
@@ -255,7 +270,9 @@ T = {first["T"]}, tau = {first["tau"][0]}, {first["sequences"]} sequences. MaxRa
 
 {sections[2]}
 
-![MaxRank and AvgMass by layer](rank.png)
+![every measure by layer](rank.png)
+
+{"".join(beside)}
 
 ## Validation loss
 
@@ -266,7 +283,7 @@ T = {first["T"]}, tau = {first["tau"][0]}, {first["sequences"]} sequences. MaxRa
 Commit {commits}; seeds {seeds}; python {made_by["python"]}, torch {made_by["torch"]}, {made_by["device"]}.
 Command: `python {made_by["command"]}`
 """
-    tables = "\n\n".join(sections)
+    tables = "\n\n".join(sections + beside)
     try:
         partial = out_dir / f".report.md.{os.getpid()}.partial"
         partial.write_text(text, encoding="utf-8")

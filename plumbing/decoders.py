@@ -156,8 +156,11 @@ def load(path: Path, dtype: torch.dtype, options: dict, fresh: bool) -> Decoder:
             hf, found = transformers.AutoModelForCausalLM.from_pretrained(path, **how)
             if found["missing_keys"]:  # transformers leaves random weights there
                 raise ValueError(f"no weights for {', '.join(sorted(found['missing_keys'])[:5])}")
-        table = {key: value for key, value in table.items() if key != "torch_dtype"} | {"dtype": "float32"}
-        return Decoder(hf, table, options.get("block_size"), dropout).eval()
+        block_size = options.get("block_size") or table.get("block_size")  # our checkpoints keep it
+        model = Decoder(hf, table, block_size, dropout).eval()
+        model.table |= {"dtype": "float32", "block_size": model.config.block_size}
+        model.table.pop("torch_dtype", None)  # an older name of dtype
+        return model
 
 
 def derived_config(path: Path) -> dict:

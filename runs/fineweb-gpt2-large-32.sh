@@ -10,14 +10,14 @@
 # ESTIMATED, not measured: nothing here was run on such hardware. Hours of one GPU = FLOPs / (40% of its bf16 peak:
 # H100 989e12 a second, A100 312e12); FLOPs = model.py's flops_per_token x 61,440 tokens x steps.
 #
-#   model                    layers    steps  FLOPs a token     FLOPs   H100 h   A100 h
-#   reference                    32   100000       4.66e+09  2.87e+19     20.1     63.8
-#   inherited                    16   100000       2.53e+09  1.55e+19     10.9     34.5
-#   random                       16   100000       2.53e+09  1.55e+19     10.9     34.5
-#   random, twice the steps      16   200000       2.53e+09  3.10e+19     21.8     69.1
+#   model                     layers    steps  FLOPs a token     FLOPs   H100 h   A100 h
+#   reference                     32   100000       4.66e+09  2.87e+19     20.1     63.8
+#   inherited                     16   100000       2.53e+09  1.55e+19     10.9     34.5
+#   random                        16   100000       2.53e+09  1.55e+19     10.9     34.5
+#   random, twice the steps       16   200000       2.53e+09  3.10e+19     21.8     69.1
 #   all of it                                                9.07e+19     63.7    201.9
 #
-# That is 16 hours on 4 H100 or 50 on 4 A100. Each further round adds at least 12 H100 hours.
+# That is 16 hours on 4 H100 or 50 on 4 A100. Each further round adds at least 11 H100 hours.
 # On top: validation every 1,000 steps (1% for each 1.8 million tokens of val.bin), the preparation of the data, and
 # lm_eval on one GPU.
 # Memory, estimated: 20 bytes a parameter (weights, gradients and their buckets, two moments) = 14 GB, and

@@ -91,6 +91,10 @@ def test_every_baseline_can_be_built_for_every_size(n, k):
     models = known(n, k)
     sizes = {"reference": n, "target": k} | {name: n_layer(model) for name, model in models.items()}
     half = {
+        "first third",
+        "middle third",
+        "last third",
+        "random, third",
         "first half",
         "lazy layers",
         "random, half",

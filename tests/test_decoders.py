@@ -24,7 +24,7 @@ SHAPE = {
 }  # fmt: skip
 FAMILIES = {
     "Llama": {"num_key_value_heads": 2}, "Qwen3": {"num_key_value_heads": 2, "head_dim": 8}, "GPTNeoX": {},
-    "Lfm2": {}, "Gemma3Text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16},
+    "Lfm2": {}, "Falcon": {}, "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 1}, "Gemma3Text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16},
 }  # fmt: skip
 META = {"tokenizer": "bytes", "directory": "no/such/directory"}
 
@@ -69,7 +69,7 @@ def val_bytes(documents) -> np.ndarray:
     return np.array([token for text in documents[:6] for token in (*text.encode(), 256)], dtype="<u2")
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen3", "GPTNeoX", "Gemma3Text"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "GPTNeoX", "Gemma3Text", "Falcon", "OPT"])
 def test_the_matrices_are_the_family_s_own_output_attentions(family):
     model, idx, found = tiny(family, **FAMILIES[family]), torch.randint(300, (3, 40)), {}
     analyze_attention.visit_attention(wrapped(model), idx, found.__setitem__)

@@ -5,8 +5,16 @@ import json
 import pytest
 import torch
 from conftest import call_script, options, random_model
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen3Config
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 import inherit
 from plumbing import checkpoint, storage
@@ -367,3 +375,100 @@ def test_the_tokenizer_s_files_travel_with_the_weights(tmp_path):
         "tokenizer.model", "generation_config.json",
     }  # fmt: skip
     assert (out / "tokenizer.model").read_bytes() == b"tokenizer.model"
+
+
+def test_layers_of_two_kinds_keep_their_kind_where_config_json_has_only_a_rule(tmp_path):
+    """Gemma 2 slides every other layer. The hub's config.json does not say which ones."""
+    config = Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, sliding_window=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    table = json.loads((tmp_path / "source/config.json").read_text())
+    del table["layer_types"]
+    (tmp_path / "source/config.json").write_text(json.dumps(table))
+    kinds = AutoConfig.from_pretrained(tmp_path / "source").layer_types
+    out = inherit.inherit(tmp_path / "source", "1:4", tmp_path / "out")
+    assert AutoConfig.from_pretrained(out).layer_types == kinds[1:] and len(set(kinds)) == 2
+
+
+def test_a_slice_that_would_be_another_model_is_not_written(tmp_path):
+    """Only layer 0 of the source is dense. In the slice 1:4, layer 0 would have to be."""
+    experts = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    config = Qwen3MoeConfig(**SMALL, num_key_value_heads=2, head_dim=8, mlp_only_layers=[0], **experts)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    with pytest.raises(UserError, match="its layers are of other kinds"):
+        inherit.inherit(tmp_path / "source", "1:4", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and inherit.inherit(tmp_path / "source", "0:2", tmp_path / "out")
+
+
+def test_what_travels_with_the_weights_and_what_does_not(tmp_path):
+    source = tmp_path / "source"
+    AutoModelForCausalLM.from_config(FAMILIES["llama"]).save_pretrained(source)
+    travels = {"chat_template.jinja", "generation_config.json", "tokenizer.model", "modeling_custom.py"}
+    for name in travels | {"my_hf_token.txt", "consolidated.safetensors.bak", "training_args.bin"}:
+        (source / name).write_text("x")
+    out = inherit.inherit(source, "0:2", tmp_path / "out")
+    found = {path.name for path in out.iterdir()}
+    assert found == travels | {"config.json", "lineage.json", "manifest.json", "model.safetensors"}
+
+
+# ---- half width
+
+
+def test_half_width_is_the_first_half_of_every_head_unit_and_dimension(tmp_path):
+    """Numbered by hand: width 4, 2 heads of 2, 16 units in the MLP."""
+    model = random_model(n_layer=1, n_head=2, n_embd=4, block_size=3, vocab_size=5, bias=True, dtype=torch.float32)
+    checkpoint.save(tmp_path / "source", model, "bytes", 0)
+    half = weights(inherit.inherit(tmp_path / "source", ":", tmp_path / "half", width=0.5))
+    full, block = weights(tmp_path / "source"), "transformer.h.0."
+    first = [0, 1, 4, 5, 8, 9]  # queries, keys and values of head 0, of 12 columns
+    expected = {
+        "transformer.wte.weight": full["transformer.wte.weight"][:, :2],
+        "transformer.wpe.weight": full["transformer.wpe.weight"][:, :2],
+        "transformer.ln_f.weight": full["transformer.ln_f.weight"][:2],
+        "transformer.ln_f.bias": full["transformer.ln_f.bias"][:2],
+        block + "attn.c_attn.weight": full[block + "attn.c_attn.weight"][:2][:, first],
+        block + "attn.c_attn.bias": full[block + "attn.c_attn.bias"][first],
+        block + "attn.c_proj.weight": full[block + "attn.c_proj.weight"][:2, :2],
+        block + "attn.c_proj.bias": full[block + "attn.c_proj.bias"][:2],
+        block + "mlp.c_fc.weight": full[block + "mlp.c_fc.weight"][:2, :8],
+        block + "mlp.c_fc.bias": full[block + "mlp.c_fc.bias"][:8],
+        block + "mlp.c_proj.weight": full[block + "mlp.c_proj.weight"][:8, :2],
+        block + "mlp.c_proj.bias": full[block + "mlp.c_proj.bias"][:2],
+    } | {f"{block}ln_{i}.{part}": full[f"{block}ln_{i}.{part}"][:2] for i in (1, 2) for part in ("weight", "bias")}
+    assert half.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(half[name], tensor), name
+
+
+def test_half_width_computes_what_the_whole_does_whose_other_half_is_zero(tmp_path):
+    """Exact for attention and MLP. Not for the layer norms: these divide by the norm of all dimensions."""
+    source = random_model(n_head=4, dtype=torch.float64)
+    C, full = source.config.n_embd, source.transformer.h[1]
+    checkpoint.save(tmp_path / "source", source, "bytes", 0)
+    half = checkpoint.load_model(inherit.inherit(tmp_path / "source", ":", tmp_path / "half", width=0.5), torch.float64)
+    assert (half.config.n_embd, half.config.n_head) == (C // 2, 2)
+    x = torch.randn(2, 16, C // 2, dtype=torch.float64)
+    whole = torch.cat([x, torch.zeros_like(x)], -1)
+    with torch.no_grad():
+        full.attn.c_proj.weight[:, C // 2 :] = 0  # what the other heads and units would add
+        full.mlp.c_proj.weight[:, 2 * C :] = 0
+        narrow = half.transformer.h[1]
+        torch.testing.assert_close(narrow.attn(x), full.attn(whole)[..., : C // 2], rtol=0, atol=1e-12)
+        torch.testing.assert_close(narrow.mlp(x), full.mlp(whole)[..., : C // 2], rtol=0, atol=1e-12)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float64).eval()
+    idx = torch.randint(65, (2, 16))
+    torch.testing.assert_close(theirs(idx).logits, half(idx), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("width", [0, 1.5, 0.3])
+def test_a_width_without_a_whole_number_of_heads_is_refused(source, tmp_path, width):
+    with pytest.raises(UserError, match=f"width {width}"):
+        inherit.inherit(source, ":", tmp_path / "out", width=width)
+
+
+def test_weights_that_are_not_finite_are_named_and_not_copied(source, tmp_path):
+    tensors = weights(source)
+    tensors["transformer.h.1.ln_1.weight"][3] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "manifest.json").unlink()
+    with pytest.raises(UserError, match="h.1.ln_1.weight holds values that are not finite"):
+        inherit.inherit(source, "0:2", tmp_path / "out")

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 import inheritune
-from baselines import Baseline
+from baselines import PAPER, Baseline
 from inheritune import RecipeConfig
 from model import GPTConfig
 from plumbing import configurator
@@ -21,7 +21,9 @@ from train import TrainConfig
 PRESETS = sorted(path.stem for path in (ROOT / "config").glob("*.toml"))
 RUNS = sorted(path.stem for path in (ROOT / "runs").glob("*gpt2-*.sh"))
 SHAPES = {  # layers, heads, width, millions of parameters
+    "gpt2-small": (12, 12, 768, 124),
     "gpt2-medium": (24, 16, 1024, 355),
+    "gpt2-medium-200k": (24, 16, 1024, 355),
     "gpt2-large": (36, 20, 1280, 774),
     "gpt2-xl": (48, 25, 1600, 1557),  # 1,558 with OpenAI's biases and without padding
     "gpt2-large-32": (32, 20, 1280, 695),  # the paper says 680
@@ -32,7 +34,9 @@ PEAK = {"H100": 989e12, "A100": 312e12}  # bf16, dense
 def load(preset: str, script: str, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"{script}.py"])
     config = {"train": TrainConfig, "inheritune": RecipeConfig}[script]
-    return configurator.load(config, [str(ROOT / f"config/{preset}.toml")])
+    from_hub = preset == "single_gpu" and script == "inheritune"
+    no_hub = ["--reference="] * from_hub  # its shape is read from the hub, where tests do not go
+    return configurator.load(config, [str(ROOT / f"config/{preset}.toml"), *no_hub])
 
 
 def gpt_config(config) -> GPTConfig:
@@ -66,6 +70,29 @@ def test_a_preset_holds_only_what_differs_from_the_defaults(preset):
     assert same == []
 
 
+def test_every_result_of_the_paper_is_in_the_facts_and_in_the_documents():
+    facts = ROOT.parent / "shared/PAPER.md"
+    if not facts.is_file():
+        pytest.skip("needs shared/PAPER.md, the facts that this project was made from")
+    lines, docs = facts.read_text().splitlines(), (ROOT / "docs/reproduce.md").read_text()
+    starts = {
+        "small": "| table 4", "medium": "| table 5, medium", "large": "| large |", "xl": "| xl |",
+        "medium-200k": "| figure 24",
+    }  # fmt: skip
+    order = {"medium": 0, "large": 1, "xl": 2}
+    table_2 = next(line for line in lines if line.startswith("| table 2")).split("|")[2].split("·")
+    for key, results in PAPER.items():
+        row = next(line for line in lines if line.startswith(starts[key]))
+        for name, loss in results.items():
+            source = row
+            if name in ("half width", "stacking", "hybrid stacking"):
+                source = table_2[order[key]]
+            elif "norm" in name:
+                source = next(line for line in lines if line.startswith("| table 3"))
+            assert f"{loss:.2f}" in source, (key, name)
+            assert f"| {key} | {name} | {loss:.2f} |" in docs, (key, name)
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_paper_s_preset_has_the_paper_s_model_and_training(name, monkeypatch):
     config, fineweb = load(name, "inheritune", monkeypatch), name.startswith("fineweb-")
@@ -76,11 +103,16 @@ def test_a_paper_s_preset_has_the_paper_s_model_and_training(name, monkeypatch):
     assert f"{millions:,} million parameters" in (ROOT / f"config/{name}.toml").read_text()
     assert (model.block_size, model.vocab_size, model.bias, model.dropout) == (1024, 50304, False, 0.0)
     assert model.scale_attn_by_inverse_layer_idx
-    assert (config.max_steps, config.warmup_steps, config.min_lr) == (100_000, 2_000, 1e-5)
+    steps = 200_000 if name.endswith("200k") else 100_000
+    assert (config.max_steps, config.warmup_steps, config.min_lr) == (steps, 2_000, 1e-5)
     assert (config.weight_decay, config.grad_clip, config.beta1) == (0.1, 1.0, 0.9)
-    assert (config.tokens_per_step, config.beta2) == ((61_440, 0.999) if fineweb else (49_152, 0.95))
+    tokens = {"gpt2-medium": 393_216, "gpt2-large": 131_072, "gpt2-xl": 131_072}.get(name, 49_152)
+    assert (config.tokens_per_step, config.beta2) == ((61_440, 0.999) if fineweb else (tokens, 0.95))
+    rates = {"gpt2-small": 6e-4, "gpt2-medium": 3e-4, "gpt2-medium-200k": 3e-4, "gpt2-xl": 1.5e-4}
+    assert config.lr == rates.get(name, 2e-4)
     assert config.data_dir == ("data/fineweb-edu" if fineweb else "data/openwebtext")
-    assert config.start_layers == {"gpt2-large": 18, "gpt2-xl": 24, "gpt2-medium": 12}.get(name, 16)
+    first = {"gpt2-small": 6, "gpt2-large": 18, "gpt2-xl": 24, "gpt2-medium": 12, "gpt2-medium-200k": 18}
+    assert config.start_layers == first.get(name, 16)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -109,7 +141,9 @@ def test_the_hours_in_a_script_s_header_follow_from_the_flops(name, monkeypatch)
     for row_name, layers, steps, per_token, flops, *hours in rows:
         baseline = baselines.get(row_name, Baseline(n_layer=int(layers)))
         assert int(layers) == (baseline.n_layer or len(baseline.layers) + len(baseline.top_layers)), row_name
-        model = replace(gpt_config(config), n_layer=int(layers))
+        shape, share = gpt_config(config), baseline.width
+        narrow = {"n_embd": int(share * shape.n_embd), "n_head": int(share * shape.n_head)}
+        model = replace(shape, n_layer=int(layers), **narrow)
         a_token = model.flops_per_token() + bool(baseline.teacher) * gpt_config(config).flops_per_token() // 3
         expected = a_token * config.tokens_per_step * int(steps)
         assert int(steps) == baseline.steps * config.max_steps
@@ -146,10 +180,13 @@ def run_with_stubs(name: str, folder, fails: str = "") -> tuple[int, list[str]]:
     for script in (ROOT / "runs").glob("*.sh"):
         (folder / "runs" / script.name).write_text(script.read_text())
     (folder / "recipe.json").write_text(json.dumps({"models": RECIPE_LEAVES}))
+    scores = {name: {"acc,none": 0.1 * i} for i, name in enumerate(TASKS)}
+    scores["wikitext"] = {"word_perplexity,none": 25.46}
+    (folder / "scores.json").write_text(json.dumps({"results": scores}))
     leaves = {
         "torchrun": " && ".join(f"mkdir -p out/{name}/{model['paths'][0]}" for model in RECIPE_LEAVES)
         + f" && cp recipe.json out/{name}/",
-        "lm_eval": 'mkdir -p "$9/model" && touch "$9/model/results_2026.json"',  # $9 follows --output_path
+        "lm_eval": 'mkdir -p "$9/model" && cp scores.json "$9/model/results_2026.json"',  # after --output_path
     }
     for program in ("python", "torchrun", "lm_eval"):
         stub = folder / "bin" / program
@@ -165,14 +202,18 @@ def run_with_stubs(name: str, folder, fails: str = "") -> tuple[int, list[str]]:
     return done.returncode, (folder / "calls").read_text().splitlines()
 
 
+TASKS = ["arc_easy", "piqa", "sciq", "hellaswag", "lambada_openai", "winogrande", "boolq"]
 RECIPE_LEAVES = [
-    {"role": role, "paths": [f"{run}/step-00100000"]}
-    for role, run in (("reference", "reference"), ("round", "inherited-12"), ("target", "inherited-14"))
-]
+    {"name": run, "role": role, "paths": [f"{run}/step-00100000"]}
+    for role, run in (
+        ("reference", "reference"), ("round", "inherited-12"), ("target", "inherited-14"),
+        ("baseline", "random"), ("baseline", "stacking"),
+    )
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_script_prepares_trains_and_scores_reference_and_target_once(name, tmp_path):
+def test_a_script_prepares_trains_and_scores_reference_target_and_random_once(name, tmp_path, capfd):
     data_dir = "data/fineweb-edu" if name.startswith("fineweb") else "data/openwebtext"
     code, (prepare, recipe, *scores) = run_with_stubs(name, tmp_path)
     assert code == 0
@@ -180,9 +221,11 @@ def test_a_script_prepares_trains_and_scores_reference_and_target_once(name, tmp
     assert re.fullmatch(
         rf"torchrun --standalone --nproc_per_node=\d inheritune.py config/{name}.toml", recipe
     )
-    for score, run in zip(scores, ("reference", "inherited-14"), strict=True):
+    for score, run in zip(scores, ("reference", "inherited-14", "random"), strict=True):
         assert f"pretrained=out/{name}/{run}/step-00100000 " in score
     assert run_with_stubs(name, tmp_path) == (0, [prepare, recipe])  # again: the first two see to themselves
+    printed = capfd.readouterr().out
+    assert printed.count("mean of 5 tasks (table 1) 20.00, of 7 (table 7) 30.00, WikiText 25.46") == 6
 
 
 @pytest.mark.parametrize("fails,calls", [("python", 1), ("torchrun", 2), ("lm_eval", 3)])

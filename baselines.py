@@ -60,13 +60,6 @@ def baselines(n: int, k: int) -> dict[str, Baseline]:
         "half of the target": Baseline(n_layer=len(half)),
         "stacking": Baseline(layers=half + other_half, source="half of the target"),
         "hybrid stacking": Baseline(layers=half + other_half),
-        # ---- two rounds of stacking (ours)
-        "quarter of the target": Baseline(n_layer=(k + 3) // 4),
-        "quarter, stacked": Baseline(
-            layers=list(range((k + 3) // 4)) + list(range((k + 1) // 2 - (k + 3) // 4)),
-            source="quarter of the target",
-        ),
-        "stacking, two rounds": Baseline(layers=half + other_half, source="quarter, stacked"),
         # ---- half width (paper, appendix D): all layers, half the heads and MLP units of each
         "half width": Baseline(layers=everything, width=0.5),
         # ---- parts of layers (paper, table 3)
@@ -112,7 +105,6 @@ CLAIMS = [  # of the paper, then ours: text, the model that should be better, th
     ("Both parts transfer more than the MLP", "attention and MLP, no norms", "MLP and its norm"),
     ("Matching is more than training for longer (ours)", "target", "reference, trained on"),
     ("The first layers transfer more than the last (ours)", "target", "last layers"),
-    ("Inheriting beats two rounds of stacking (ours)", "target", "stacking, two rounds"),
     ("Distilling adds to inheriting (ours)", "distilled, inherited", "target"),
     ("Growing the trained target beats one round (ours)", "grown from the target", "target"),
     ("Inheriting before the decay beats the paper's schedule (ours)", "inherited, WSD", "target"),

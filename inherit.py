@@ -195,7 +195,7 @@ def inherit(reference, layers, out, parts="", moments=False, top="", top_layers=
         fresh = {}
         if parts or None in chosen:
             torch.manual_seed(seed)
-            fresh = checkpoint.stored_form(checkpoint.load_model(directory, fresh=True), "", 0)[1]
+            fresh = checkpoint.hf_tensors(checkpoint.load_model(directory, fresh=True))
         weights, origin = target_tensors("model", fresh)
         save_torch_state_dict(weights, directory, max_shard_size="5GB")
         if moments:

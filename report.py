@@ -8,7 +8,6 @@ It reads out_dir/recipe.json (written by inheritune.py), each run's metrics.json
 results of analyze_attention.py. Every checkpoint is verified before it is read.
 """
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,6 +250,7 @@ def report(out_dir: str | Path, animate: bool = False, paper: str = "") -> str:
     first, made_by = attention["reference"], states[0]["versions"]
     commits = ", ".join(sorted({state["versions"]["commit"] for state in states}))
     seeds = ", ".join(sorted({str(state["settings"]["seed"]) for state in states}))
+    windows = len(val_losses(rows[0]["paths"][0]))
     sections = [comparison(rows), claims(rows, recipe), attention_table(attention)]
     paper = paper or recipe.get("paper", "")
     beside = [f"## Beside the paper\n\n{paper_table(rows, paper)}"] if paper else []
@@ -258,7 +258,7 @@ def report(out_dir: str | Path, animate: bool = False, paper: str = "") -> str:
 
 {sections[0]}
 
-{NOTES} {len(val_losses(rows[0]["paths"][0]))} windows.
+{NOTES} {windows} windows{"" if windows >= 10 else ": too few for an interval to mean much"}.
 
 ## Claims
 
@@ -285,9 +285,7 @@ Command: `python {made_by["command"]}`
 """
     tables = "\n\n".join(sections + beside)
     try:
-        partial = out_dir / f".report.md.{os.getpid()}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(out_dir / "report.md")
+        storage.replace_text(out_dir / "report.md", text)
         figures.plot_losses(rows, out_dir / "loss.png")
         figures.plot_differences(rows, out_dir / "differences.png")
         figures.plot_ranks(attention, out_dir / "rank.png")

@@ -1,13 +1,11 @@
-"""Train one model: from scratch, from a checkpoint, or resumed. The loop at the end reads top to bottom.
+"""Train one model: from scratch, from a checkpoint, or resumed. Start reading at `loop`.
 
     python train.py config/demo.toml --out_dir=out/mine --max_steps=100    # a minute on a laptop's CPU
     python train.py config/demo.toml --out_dir=out/mine --max_steps=100 --resume
     torchrun --standalone --nproc_per_node=4 train.py config/demo.toml --out_dir=out/mine --micro_batch=8
-    python train.py config/demo.toml --out_dir=out/student --n_layer=4 --teacher=out/mine    # distillation
     python train.py --init_from=out/mine --data_dir=data/demo --eval_only  # its validation loss
 
-It writes checkpoints (out_dir/step-*/) and out_dir/metrics.jsonl. A step is one update of the weights. After
-the last of max_steps the weights are evaluated and saved.
+It writes checkpoints (out_dir/step-*/) and out_dir/metrics.jsonl. A step is one update of the weights.
 """
 
 import contextlib
@@ -68,7 +66,7 @@ class TrainConfig(ModelOptions):
     alpha: float = 0.6
     tau: float = 1.0  # temperature of both distributions
 
-    # machine: none of these changes what is learned
+    # machine: these do not change the experiment, apart from rounding
     micro_batch: int = may_change(8)  # sequences at a time on one process; only a matter of memory
     eval_interval: int = may_change(1_000)  # steps between evaluations on all validation windows
     save_interval: int = may_change(1_000)  # steps between checkpoints
@@ -84,19 +82,15 @@ class TrainConfig(ModelOptions):
     def __post_init__(self):
         self.out_dir = str(Path(self.out_dir).expanduser())  # a shell does not expand --out_dir=~/run
         positive = "tokens_per_step micro_batch eval_interval save_interval log_interval keep_checkpoints"
-        for key in (*positive.split(), "max_steps", "warmup_steps", "seed", "grad_clip", "weight_decay"):
-            least = 1 if key in positive else 0
-            if getattr(self, key) < least:
-                raise UserError(f"{key} is {getattr(self, key)}, expected at least {least}")
-        if not (0 <= self.alpha <= 1 and self.tau > 0 and 0 <= self.decay_fraction <= 1):
-            found = f"alpha {self.alpha}, tau {self.tau}, decay_fraction {self.decay_fraction}"
-            raise UserError(f"{found}; expected 0 <= alpha <= 1, tau > 0, 0 <= decay_fraction <= 1")
+        limits = dict.fromkeys(positive.split(), (1, math.inf))
+        limits |= dict.fromkeys(("max_steps", "seed", "grad_clip", "weight_decay"), (0, math.inf))
+        limits |= {"alpha": (0, 1), "tau": (1e-3, math.inf), "decay_fraction": (0, 1), "min_lr": (0, self.lr)}
+        limits["warmup_steps"] = (0, stable_steps(self) or self.max_steps or math.inf)  # before the decay
+        for key, (least, most) in limits.items():
+            if not least <= (value := getattr(self, key)) <= most:
+                raise UserError(f"{key} is {value}, expected {least} to {most}")
         if self.eval_only and self.init_from == "scratch":
             raise UserError("eval_only: name the model to evaluate with --init_from")
-        end = stable_steps(self) or self.max_steps
-        if not (0 <= self.min_lr <= self.lr and (self.warmup_steps <= end or self.max_steps == 0)):
-            found = f"min_lr {self.min_lr}, lr {self.lr}, warmup_steps {self.warmup_steps}"
-            raise UserError(f"{found}; expected 0 <= min_lr <= lr and a warm-up of at most {end} steps")
 
 
 # ---- what a step is made of: schedule, loss, update
@@ -183,10 +177,8 @@ def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast)
     losses = torch.zeros(len(starts), dtype=torch.float64)
     mine = np.arange(rank, len(starts), world_size)
     model.eval()
-    for i in range(0, -(-len(starts) // world_size), micro_batch):  # the same number of turns on each process
+    for i in range(0, len(mine), micro_batch):
         batch = mine[i : i + micro_batch]
-        if len(batch) == 0:
-            continue
         x, y = data.windows(tokens, starts[batch], T)
         with autocast:
             loss = model(x.to(device), y.to(device), reduction="none")  # (B, T)
@@ -203,8 +195,8 @@ def save(config: TrainConfig, meta: dict, model, optimizer, scaler, state: dict,
     state |= {"scaler": scaler.state_dict(), "settings": asdict(config), "versions": machine.versions(device)}
     files = {"trainer_state.json": state} | ({"lineage.json": lineage} if lineage else {})
     if losses is not None:  # of every validation window, so that two models can be compared pair by pair
-        text = {"data": state["made_from"]["data"]["val"], "block_size": config.block_size}
-        files["val_losses.json"] = text | {"losses": losses.tolist()}
+        windows = {"data": state["made_from"]["data"]["val"], "block_size": config.block_size}
+        files["val_losses.json"] = windows | {"losses": losses.tolist()}
     tokenizer = meta["tokenizer"], meta["eot"]
     machine.on_rank_0(checkpoint.save, path, model, *tokenizer, optimizer, files, config.data_dir)
     spare = path.with_name(f"step-{stable_steps(config):08d}")  # the last one before a "wsd" decay
@@ -218,10 +210,9 @@ def set_up(config: TrainConfig):
     meta = machine.on_rank_0(data.verify, config.data_dir)
     options = {f.name: value for f in fields(GPTConfig) if (value := getattr(config, f.name)) is not None}
     model, lineage = checkpoint.open_model(config.init_from, meta, hardware.wide, options, config.seed)
-    teacher, taught_by = None, {}
-    if config.teacher:
-        same = {key: getattr(model.config, key) for key in ("vocab_size", "block_size")}
-        teacher, taught_by = checkpoint.open_model(config.teacher, meta, hardware.wide, same)
+    same = {key: getattr(model.config, key) for key in ("vocab_size", "block_size")}
+    open_teacher = functools.partial(checkpoint.open_model, config.teacher, meta, hardware.wide, same)
+    teacher, taught_by = open_teacher() if config.teacher else (None, {})
     model.gradient_checkpointing = config.gradient_checkpointing
     steps = 0 if config.eval_only else config.max_steps
     flops = steps * config.tokens_per_step * model.config.flops_per_token()

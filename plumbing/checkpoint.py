@@ -129,25 +129,14 @@ def hf_layout(key: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def hf_tensors(model: GPT) -> dict[str, torch.Tensor]:
     """The tensors of model.safetensors: keys and layout of GPT2LMHeadModel, which always has biases."""
+    if not isinstance(model, GPT):
+        return model.stored_tensors()
     tensors = {}
     for key, parameter in model.named_parameters():
         tensors[key] = hf_layout(key, parameter.detach())
         if not model.config.bias and key.endswith(".weight") and "wte" not in key and "wpe" not in key:
             tensors[key.removesuffix("weight") + "bias"] = parameter.detach().new_zeros(parameter.shape[0])
     return tensors
-
-
-def check_tensors(path: Path, found: dict[str, torch.Tensor], expected: dict[str, torch.Size]):
-    """Raise UserError naming every missing, unexpected or misshapen tensor."""
-    shapes = {name: tensor.shape for name, tensor in found.items()}
-    problems = [
-        f"{name}: found {tuple(shapes[name]) if name in shapes else 'none'}, "
-        f"expected {tuple(expected[name]) if name in expected else 'none'}"
-        for name in sorted(shapes.keys() | expected.keys())
-        if shapes.get(name) != expected.get(name)
-    ]
-    if problems:
-        raise UserError(f"{path}: {'; '.join(problems[:20])}")
 
 
 def stored_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -158,17 +147,6 @@ def stored_weights(path: Path) -> dict[str, torch.Tensor]:
     if head is not None and not torch.equal(head, found.get("transformer.wte.weight", head.new_empty(0))):
         raise UserError(f"{path}: lm_head.weight differs from wte.weight, but config.json says they are tied")
     return found
-
-
-@torch.no_grad()
-def load_weights(weights: dict[str, torch.Tensor], model: GPT, path: Path):
-    """Fill a model, every parameter exactly once. Raises UserError naming what does not fit."""
-    if not model.config.bias:
-        weights = {key: tensor for key, tensor in weights.items() if not key.endswith(".bias")}
-    parameters = dict(model.named_parameters())
-    check_tensors(path, weights, {key: parameter.shape for key, parameter in parameters.items()})
-    for key, parameter in parameters.items():
-        parameter.copy_(weights[key])
 
 
 def load_model(
@@ -197,11 +175,15 @@ def load_model(
     with torch.device("meta"):  # no time and no random numbers for weights that are about to be replaced
         model = GPT(replace(config, bias=bias, block_size=T, dropout=options.get("dropout", 0.0)))
     model = model.to(dtype).to_empty(device="cpu")
-    load_weights(weights, model, path)
+    try:
+        model.load_state_dict({key: tensor for key, tensor in weights.items() if bias or key[-5:] != ".bias"})
+    except RuntimeError as error:  # it names every missing, unexpected or misshapen tensor
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     return model.eval()
 
 
 def fresh_model(options: dict, dtype: torch.dtype) -> GPT:
+    """A GPT-2 of random weights. Raises UserError for an impossible shape."""
     try:
         return GPT(GPTConfig(**options)).to(dtype)
     except ValueError as error:
@@ -228,14 +210,9 @@ def open_model(name: str, meta: dict, dtype: torch.dtype, options: dict, seed: i
     ]
     if differ:
         raise UserError(f"{path} does not have the expected model options: {'; '.join(differ)}")
+    if broken := [key for key, parameter in model.named_parameters() if not parameter.isfinite().all()]:
+        raise UserError(f"{path}: {broken[0]} holds values that are not finite; use other weights")
     return model, {} if fresh else origin(path)
-
-
-def stored_form(model, tokenizer: str, eot: int) -> tuple[dict, dict[str, torch.Tensor]]:
-    """config.json and the tensors of model.safetensors."""
-    if isinstance(model, GPT):
-        return hf_config(model.config, tokenizer, eot), hf_tensors(model)
-    return model.table, model.stored_tensors()
 
 
 def save(path, model, tokenizer: str, eot: int, optimizer=None, files: dict | None = None, data_dir=None):
@@ -243,8 +220,8 @@ def save(path, model, tokenizer: str, eot: int, optimizer=None, files: dict | No
 
     Raises UserError, exit code 1, for a value that is not finite and for whatever the disk refuses.
     """
-    config, weights = stored_form(model, tokenizer, eot)
-    tensors = {"model": weights, "optimizer": {}}
+    config = hf_config(model.config, tokenizer, eot) if isinstance(model, GPT) else model.table
+    tensors = {"model": hf_tensors(model), "optimizer": {}}
     for key, parameter in model.named_parameters() if optimizer else ():
         for part, value in optimizer.state[parameter].items():
             value = hf_layout(key, value) if isinstance(model, GPT) else value
@@ -274,20 +251,18 @@ def read_state(path: Path) -> dict:
 
 
 def load_optimizer(path: Path, model: GPT, optimizer: torch.optim.Optimizer):
-    """Put the optimizer state of a directory into place. Raises UserError naming what does not fit."""
-    names = {parameter: key for key, parameter in model.named_parameters()}
-    shapes = {key: parameter.shape for parameter, key in names.items()}
+    """Put the optimizer state of a directory into place. Raises UserError unless it is this model's."""
     stored = storage.read_tensors(path, "optimizer")
-    if isinstance(model, GPT):
-        stored = {name: hf_layout(name.split("|")[0], tensor) for name, tensor in stored.items()}
-    parts = {"exp_avg": shapes, "exp_avg_sq": shapes, "step": dict.fromkeys(shapes, torch.Size([]))}
-    check_tensors(path, stored, {f"{key}|{part}": parts[part][key] for part in parts for key in shapes})
-    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    state = {  # contiguous like the weights: fused AdamW walks both memories in step
-        i: {part: stored[f"{key}|{part}"].clone(memory_format=torch.contiguous_format) for part in parts}
-        for i, key in enumerate(order)
-    }
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    parts = "exp_avg", "exp_avg_sq", "step"
+    names = {f"{key}|{part}" for key, _ in model.named_parameters() for part in parts}
+    if wrong := names ^ stored.keys():
+        raise UserError(f"{path}: optimizer state missing or left over: {', '.join(sorted(wrong)[:5])}")
+    for key, parameter in model.named_parameters():
+        for part in parts:
+            tensor = stored[f"{key}|{part}"].to(parameter.device)
+            tensor = hf_layout(key, tensor) if isinstance(model, GPT) else tensor
+            # contiguous like the weights: fused AdamW walks both memories in step
+            optimizer.state[parameter][part] = tensor.clone(memory_format=torch.contiguous_format)
 
 
 def to_resume(run_dir: Path, resume: bool | str) -> Path | None:
@@ -303,15 +278,14 @@ def to_resume(run_dir: Path, resume: bool | str) -> Path | None:
     if newest is None and (found or resume is True):
         remedy = "change out_dir" if found else "leave out --resume, or use --resume=auto"
         raise UserError(f"no usable checkpoint in {run_dir} ({len(found)} damaged); {remedy}")
-    log, partial = run_dir / "metrics.jsonl", run_dir / ".metrics.jsonl.partial"
+    log = run_dir / "metrics.jsonl"
     if log.is_file() and newest is None:
         log.replace(run_dir / "metrics-old.jsonl")  # its checkpoints were moved away, or never written
     if log.is_file():
         last = int(newest.name.removeprefix("step-"))
         kept = [json.dumps(line) + "\n" for line in storage.read_log(log) if line["step"] <= last]
         if "".join(kept) != log.read_text(encoding="utf-8", errors="replace"):
-            partial.write_text("".join(kept), encoding="utf-8")
-            partial.replace(log)
+            storage.replace_text(log, "".join(kept))
     for path in found[found.index(newest) + 1 :] if newest else ():
         aside = path.with_name(f"damaged-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)

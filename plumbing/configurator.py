@@ -52,6 +52,9 @@ def run(main):
     except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:  # a full or failing disk, a file without permission: nothing is damaged
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def may_change(default):

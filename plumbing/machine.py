@@ -135,6 +135,8 @@ def send_all(batches, device: torch.device):
 def rank_and_world_size() -> tuple[int, int]:
     """(0, 1), or this process's place under torchrun, whose group it joins on the first call."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        with contextlib.suppress(OSError, AttributeError):  # Linux: stop when torchrun itself was killed
+            ctypes.CDLL(None).prctl(1, signal.SIGHUP)  # PR_SET_PDEATHSIG
         # the timeout has to outlast what rank 0 does alone, such as the attention analysis of a large model
         dist.init_process_group(timeout=timedelta(hours=2))  # gloo for CPU tensors, nccl for GPU tensors
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -209,7 +211,8 @@ def watch_signals():
         global stop_signal
         stop_signal = number
         for each in watched:
-            signal.signal(each, signal.SIG_DFL)
+            if each != signal.SIGHUP:  # which comes several times when torchrun was killed: once a thread
+                signal.signal(each, signal.SIG_DFL)
 
     for each in watched:
         signal.signal(each, note)

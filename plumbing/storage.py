@@ -51,12 +51,16 @@ def write_json(path: Path, value):
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def replace_json(path: Path, value):
-    """Write a JSON file atomically."""
+def replace_text(path: Path, text: str):
+    """Write a file atomically."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    write_json(partial, value)
+    partial.write_text(text, encoding="utf-8")
     fsync(partial)
     os.replace(partial, path)
+
+
+def replace_json(path: Path, value):
+    replace_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def append_json(path: Path, value):
@@ -82,7 +86,7 @@ def read_json(path: Path) -> dict:
     """A JSON file that holds an object. Raises UserError if it does not, or cannot be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: found a {type(value).__name__}, expected a JSON object")
@@ -139,6 +143,8 @@ def publish(path: str | Path):
     path = Path(path).expanduser()
     if path.exists():
         raise UserError(f"{path} exists already; remove it or choose a different place")
+    for leftover in path.parent.glob(f".tmp-{path.name}-*"):  # of a killed process
+        shutil.rmtree(leftover, ignore_errors=True)
     partial = path.with_name(f".tmp-{path.name}-{os.getpid()}-{time.time_ns()}")
     try:
         partial.mkdir(parents=True)
@@ -153,7 +159,7 @@ def publish(path: str | Path):
         fsync(partial)
         os.rename(partial, path)
         fsync(path.parent)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:  # ValueError: NaN in a JSON file
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} was not written: {reason}; earlier files are untouched", 1) from error
     finally:

@@ -18,13 +18,10 @@
 #   half width                    36   100000       1.54e+09  2.02e+19     14.2     44.9
 #   half of the target             9   100000       1.59e+09  2.08e+19     14.6     46.4
 #   stacking                      18   100000       2.79e+09  3.66e+19     25.7     81.5
-#   quarter of the target          5   100000       1.05e+09  1.38e+19      9.7     30.8
-#   quarter, stacked               9   100000       1.59e+09  2.08e+19     14.6     46.4
-#   stacking, two rounds          18   100000       2.79e+09  3.66e+19     25.7     81.5
 #   hybrid stacking               18   100000       2.79e+09  3.66e+19     25.7     81.5
-#   all of it                                                4.00e+20    280.9    890.4
+#   all of it                                                3.29e+20    230.9    731.8
 #
-# That is 35 hours on 8 H100 or 111 on 8 A100. Each further round adds at least 26 H100 hours.
+# That is 29 hours on 8 H100 or 91 on 8 A100. Each further round adds at least 26 H100 hours.
 # On top: validation, which on OpenWebText's 4.4 million tokens every 1,000 steps adds 3%, the preparation of the
 # data, and lm_eval on one GPU.
 # Memory, estimated: 20 bytes a parameter (weights, gradients and their buckets, two moments) = 15 GB, and

@@ -20,9 +20,6 @@
 #   half width                         24   100000       7.59e+08  2.98e+19     20.9     66.4
 #   half of the target                  8   100000       1.01e+09  3.99e+19     28.0     88.7
 #   stacking                           16   100000       1.72e+09  6.76e+19     47.4    150.4
-#   quarter of the target               4   100000       6.61e+08  2.60e+19     18.3     57.9
-#   quarter, stacked                    8   100000       1.01e+09  3.99e+19     28.0     88.7
-#   stacking, two rounds               16   100000       1.72e+09  6.76e+19     47.4    150.4
 #   hybrid stacking                    16   100000       1.72e+09  6.76e+19     47.4    150.4
 #   attention and its norm             16   100000       1.72e+09  6.76e+19     47.4    150.4
 #   MLP and its norm                   16   100000       1.72e+09  6.76e+19     47.4    150.4
@@ -34,9 +31,9 @@
 #   distilled, inherited               16    50000       2.53e+09  4.97e+19     34.9    110.5
 #   distilled, every other layer       16    50000       2.53e+09  4.97e+19     34.9    110.5
 #   reference, trained on              24   100000       2.42e+09  9.53e+19     66.9    212.1
-#   all of it                                                     1.43e+21   1001.5   3174.6
+#   all of it                                                     1.29e+21    907.8   2877.6
 #
-# That is 125 hours on 8 H100 or 397 on 8 A100. Each round past 16 layers adds about 47 H100 hours.
+# That is 113 hours on 8 H100 or 360 on 8 A100. Each round past 16 layers adds about 47 H100 hours.
 # On top: validation, which on OpenWebText's 4.4 million tokens every 1,000 steps adds 3%, the preparation of the
 # data, and lm_eval on one GPU.
 # Memory, estimated: 20 bytes a parameter (weights, gradients and their buckets, two moments) = 7 GB, and activations:

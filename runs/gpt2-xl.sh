@@ -17,13 +17,10 @@
 #   random, twice the steps       24   200000       5.38e+09  1.41e+20     99.0    313.8
 #   half of the target            12   100000       2.93e+09  3.84e+19     27.0     85.5
 #   stacking                      24   100000       5.38e+09  7.05e+19     49.5    156.9
-#   quarter of the target          6   100000       1.71e+09  2.24e+19     15.7     49.8
-#   quarter, stacked              12   100000       2.93e+09  3.84e+19     27.0     85.5
-#   stacking, two rounds          24   100000       5.38e+09  7.05e+19     49.5    156.9
 #   hybrid stacking               24   100000       5.38e+09  7.05e+19     49.5    156.9
-#   all of it                                                7.27e+20    510.7   1618.9
+#   all of it                                                5.96e+20    418.5   1326.7
 #
-# That is 64 hours on 8 H100 or 202 on 8 A100. Each further round adds at least 50 H100 hours.
+# That is 52 hours on 8 H100 or 166 on 8 A100. Each further round adds at least 50 H100 hours.
 # On top: validation, which on OpenWebText's 4.4 million tokens every 1,000 steps adds 3%, the preparation of the
 # data, and lm_eval on one GPU.
 # Memory, estimated: 20 bytes a parameter (weights, gradients and their buckets, two moments) = 31 GB, and

@@ -81,9 +81,9 @@ def test_wrapper_prefixes_of_others_are_stripped(saved):
 @pytest.mark.parametrize(
     "change,words",
     [
-        (lambda t: t.pop("transformer.wpe.weight") is None, "wpe.weight: found none, expected"),
-        (lambda t: t.update({"transformer.h.3.ln_1.weight": torch.ones(32)}), "h.3.ln_1.weight: found .*, expected none"),
-        (lambda t: t.update({"transformer.wpe.weight": torch.ones(9, 32)}), r"found \(9, 32\), expected \(16, 32\)"),
+        (lambda t: t.pop("transformer.wpe.weight") is None, "Missing key.* \"transformer.wpe.weight\""),
+        (lambda t: t.update({"transformer.h.3.ln_1.weight": torch.ones(32)}), "Unexpected key.* \"transformer.h.3.ln_1.weight\""),
+        (lambda t: t.update({"transformer.wpe.weight": torch.ones(9, 32)}), r"wpe.weight: copying .*\[9, 32\].*\[16, 32\]"),
     ],
 )
 def test_every_tensor_must_be_there_once_in_its_shape(saved, change, words):

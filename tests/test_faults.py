@@ -13,11 +13,13 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, call_script, options, read_metrics, run_script
+from conftest import ROOT, TINY, call_script, options, random_model, read_metrics, run_script
+from safetensors.torch import load_file, save_file
 from test_train import distance, equal, losses, run
 
+import data
 import train
-from plumbing import checkpoint, machine, storage
+from plumbing import checkpoint, configurator, machine, storage
 from plumbing.configurator import UserError
 
 
@@ -308,3 +310,44 @@ def test_a_pickle_is_refused_and_its_code_does_not_run(data_dir, tmp_path, capsy
     torch.save(Payload(), tmp_path / "model.pt")
     assert call_script(train, f"--init_from={tmp_path / 'model.pt'}", f"--data_dir={data_dir}") == 2
     assert "pickles are not loaded" in capsys.readouterr().err and not (tmp_path / "ran").exists()
+
+
+def test_ranks_stop_and_save_when_torchrun_itself_is_killed(data_dir, tmp_path):
+    launcher = start(data_dir, tmp_path / "run", processes=2, save_interval=100_000, micro_batch=4)
+    wait_for(lambda: len(read_metrics(tmp_path / "run")) > 3)
+    launcher.kill()
+    launcher.wait()
+    wait_for(lambda: storage.steps(tmp_path / "run"))
+    assert len(storage.steps(tmp_path / "run")) == 1
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch, capsys):
+    checkpoint.save(tmp_path / "step-00000001", random_model(n_layer=1), "bytes", 0)
+
+    def failing(path):
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(storage, "sha256_of", failing)
+    monkeypatch.setattr(sys, "argv", ["x"])
+    with pytest.raises(SystemExit) as stop:
+        configurator.run(lambda: checkpoint.to_resume(tmp_path, True))
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1 and "Input/output error" in error
+    assert (tmp_path / "step-00000001").exists()
+
+
+def test_weights_that_are_not_finite_are_named_where_they_enter(tmp_path, data_dir):
+    model = random_model(n_layer=1, vocab_size=257, dtype=torch.float32)
+    checkpoint.save(tmp_path / "model", model, "bytes", 0)
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    tensors["transformer.ln_f.weight"][0] = float("nan")
+    save_file(tensors, tmp_path / "model/model.safetensors")
+    (tmp_path / "model/manifest.json").unlink()
+    with pytest.raises(UserError, match="ln_f.weight holds values that are not finite"):
+        checkpoint.open_model(str(tmp_path / "model"), data.read_meta(data_dir), torch.float32, {})
+
+
+def test_a_value_that_json_cannot_hold_is_one_line_and_leaves_nothing(tmp_path):
+    with pytest.raises(UserError, match="was not written: Out of range float") as caught:
+        checkpoint.save(tmp_path / "a", random_model(n_layer=1), "bytes", 0, files={"x.json": {"loss": float("nan")}})
+    assert caught.value.exit_code == 1 and not list(tmp_path.iterdir())

@@ -316,7 +316,7 @@ def test_an_edited_setting_of_a_baseline_is_refused(finished, tmp_path, monkeypa
         (["--n_embd=33"], "reference: "),
         (["--dropout=2"], "reference: "),
         (["--micro_batch=7"], "reference: tokens_per_step 256 is not divisible by micro_batch 7"),
-        (["--warmup_steps=21"], "warmup_steps 21"),
+        (["--warmup_steps=21"], "warmup_steps is 21"),
         (["--data_dir=nowhere"], "nowhere: no meta.json"),
         (["--device=cuda"], "device 'cuda' is not available"),
     ],

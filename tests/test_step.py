@@ -137,7 +137,7 @@ def test_a_distilled_run_resumes_exactly_and_with_its_own_teacher_only(reference
         ({"vocab_size": 300}, "vocab_size: checkpoint 257, settings 300"),
         ({"block_size": 64}, "block_size: checkpoint 32, settings 64"),
         ({"teacher": "tests/at/all"}, "tests/at/all is no checkpoint"),
-        ({"schedule": "wsd", "decay_fraction": 0.95}, "a warm-up of at most 1 steps"),
+        ({"schedule": "wsd", "decay_fraction": 0.95}, "warmup_steps is 2, expected 0 to 1"),
     ],
 )
 def test_a_mistake_is_one_line(reference, data_dir, tmp_path, capsys, changes, words):

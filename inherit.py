@@ -184,8 +184,6 @@ def inherit(reference, layers, out, parts="", moments=False, top="", top_layers=
                 origin[name] = f"fresh, seed {seed}"
                 continue
             tensor = source[source_name]
-            if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) and not tensor.isfinite().all():
-                raise UserError(f"{path}: {source_name} holds values that are not finite; use other weights")
             tensors[name] = tensor.clone() if source_name in origin.values() else tensor  # taken twice
             origin[name] = source_name
         return tensors, origin
@@ -197,6 +195,7 @@ def inherit(reference, layers, out, parts="", moments=False, top="", top_layers=
             torch.manual_seed(seed)
             fresh = checkpoint.hf_tensors(checkpoint.load_model(directory, fresh=True))
         weights, origin = target_tensors("model", fresh)
+        checkpoint.check_finite(path, weights)
         save_torch_state_dict(weights, directory, max_shard_size="5GB")
         if moments:
             save_file(target_tensors("optimizer", {})[0], directory / "optimizer.safetensors")

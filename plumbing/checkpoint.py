@@ -149,6 +149,13 @@ def stored_weights(path: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def check_finite(path: Path, tensors: dict[str, torch.Tensor], exit_code: int = 2):
+    """Raise UserError naming a tensor that holds NaN or an infinite value. FP8 has no test for that."""
+    for name, tensor in tensors.items():
+        if tensor.dtype.itemsize > 1 and not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds values that are not finite", exit_code)
+
+
 def load_model(
     name: str | Path, dtype: torch.dtype = torch.float32, options: dict | None = None, fresh: bool = False
 ) -> GPT:
@@ -210,8 +217,7 @@ def open_model(name: str, meta: dict, dtype: torch.dtype, options: dict, seed: i
     ]
     if differ:
         raise UserError(f"{path} does not have the expected model options: {'; '.join(differ)}")
-    if broken := [key for key, parameter in model.named_parameters() if not parameter.isfinite().all()]:
-        raise UserError(f"{path}: {broken[0]} holds values that are not finite; use other weights")
+    check_finite(path, dict(model.named_parameters()))
     return model, {} if fresh else origin(path)
 
 
@@ -226,9 +232,7 @@ def save(path, model, tokenizer: str, eot: int, optimizer=None, files: dict | No
         for part, value in optimizer.state[parameter].items():
             value = hf_layout(key, value) if isinstance(model, GPT) else value
             tensors["optimizer"][f"{key}|{part}"] = value
-    for key, value in (tensors["model"] | tensors["optimizer"]).items():
-        if not value.isfinite().all():
-            raise UserError(f"{path} was not written: {key} holds values that are not finite", exit_code=1)
+    check_finite(path, tensors["model"] | tensors["optimizer"], exit_code=1)
     with storage.publish(path) as directory:
         for stem, values in tensors.items():
             if values:

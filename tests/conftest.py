@@ -41,7 +41,7 @@ def run_script(script: str, *arguments: str, processes: int = 1, cwd: Path = ROO
     """A script as a user runs it, under torchrun for more than one process."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, str(ROOT / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
 
 
 def call_script(module, *arguments: str) -> int:

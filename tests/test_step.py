@@ -1,5 +1,6 @@
 """What a step of train.py is made of: schedule, distillation, AdamW's moments, one update, the guard against NaN."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -325,3 +326,13 @@ def test_gradient_checkpointing_changes_no_bit_and_keeps_less(data_dir, tmp_path
         kept.append(sum(found.values()) - sum(p.numel() * p.element_size() for p in model.parameters()))
         loss.backward()
     assert kept[1] < kept[0] / 3
+
+
+def test_a_distilled_run_s_loss_is_of_the_teacher_s_logits():
+    config = TrainConfig(alpha=0.25, tau=2.0)
+    student, teacher = random_model(seed=1), random_model(seed=2, n_layer=1)
+    x, y = torch.randint(65, (2, 2, 16))
+    found = train.training_loss(config, student, teacher, contextlib.nullcontext(), x, y, True)
+    expected = train.distillation_loss(student(x), y, teacher(x), 0.25, 2.0)
+    assert torch.equal(found, expected)
+    assert (found - train.distillation_loss(student(x), y, student(x), 0.25, 2.0)).abs() > 1e-3

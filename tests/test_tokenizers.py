@@ -3,17 +3,22 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import random_model
+from conftest import call_script, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_decoders import save
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
+import data
+import prepare_data
 from inherit import inherit
 from plumbing import checkpoint, storage, tokenizers
+from plumbing.configurator import UserError
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 ODD = st.sampled_from(
@@ -106,3 +111,35 @@ def test_a_tokenizer_without_a_known_file_is_a_warning(tmp_path, capsys, documen
     encoding.name = "cl100k_base"
     tokenizers.write_files(encoding, tmp_path)
     assert "no tokenizer.json is known for 'cl100k_base'" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_the_tokenizer_of_a_model_begins_documents_as_it_was_trained_and_cannot_be_forged(tmp_path, documents, bos):
+    path = save(tmp_path / "model", "Llama", documents, bos=bos)
+    ours, theirs = tokenizers.tokenizer(path), AutoTokenizer.from_pretrained(path)
+    for text in documents[:5]:
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode_ordinary(text) == ours.encode_to_numpy(text).tolist() == ids and ours.decode(ids) == text
+    assert ours.begin == ([1] if bos else []) and ours.eot_token == theirs.eos_token_id == 0
+    assert 0 not in ours.encode_ordinary("a <end> b") and ours.decode(ours.encode_ordinary("<end>")) == "<end>"
+
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    arguments = ["files", str(tmp_path / "corpus.jsonl"), f"--tokenizer={path}", "--val_fraction=0.1"]
+    assert call_script(prepare_data, *arguments, f"--out={tmp_path / 'data'}") == 0
+    meta, tokens = data.read_meta(tmp_path / "data"), data.open_tokens(tmp_path / "data", "val", 1, 300)
+    assert meta["begin"] == ours.begin and tokens[-1] == 0
+    starts = [0, *(np.flatnonzero(tokens == 0)[:-1] + 1)]  # of the documents
+    assert len(starts) == 6 and ((tokens[starts] == 1).all() if bos else 1 not in tokens)
+    assert checkpoint.check_tokenizer(path, meta) is None  # the files beside the tokens are the model's
+
+
+@pytest.mark.parametrize("lacks", ["tokenizer.json", "eos_token"])
+def test_a_tokenizer_without_its_file_or_an_end_of_text_is_one_line(tmp_path, documents, lacks):
+    path = save(tmp_path / "model", "Llama", documents, bos=False)
+    if lacks == "eos_token":
+        settings = storage.read_json(path / "tokenizer_config.json")
+        storage.write_json(path / "tokenizer_config.json", settings | {"eos_token": None})
+    else:
+        (path / lacks).unlink()
+    with pytest.raises(UserError, match=lacks if lacks == "eos_token" else "is no checkpoint"):
+        tokenizers.tokenizer(path)

@@ -5,7 +5,7 @@
 
 In the later layers of a trained GPT, attention often degenerates to rank 1: those layers have become "lazy".
 Inheritune starts a smaller model from the first layers of a trained one, trains it, and grows it until it
-matches. Here the models are tiny and read Python's source byte by byte. At that scale few layers become lazy.
+matches. Here the models are tiny and read Python's source byte by byte. At that scale no layer becomes lazy.
 
 B batch   T time   nh heads   N sequences
 """

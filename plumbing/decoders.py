@@ -91,7 +91,7 @@ class Decoder(torch.nn.Module):
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, on: bool):
         if on:
-            self.hf.gradient_checkpointing_enable({"use_reentrant": False})
+            self.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     param_groups, generate = GPT.param_groups, GPT.generate
 

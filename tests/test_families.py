@@ -159,3 +159,12 @@ def test_the_single_gpu_preset_runs_at_a_hundredth_of_its_size(hub_gpt2, data_di
     }  # fmt: skip
     assert call_script(inheritune, "config/single_gpu.toml", *options(**small)) == 0
     assert "| random, twice the steps" in (tmp_path / "out/report.md").read_text()
+
+
+def test_ranks_are_tracked_and_gradient_checkpointing_changes_no_weight(llama, data_dir, tmp_path):
+    plain = run(llama, data_dir, tmp_path / "plain", max_steps=2)
+    settings = {"max_steps": 2, "track_rank": True, "gradient_checkpointing": True}
+    tracked = run(llama, data_dir, tmp_path / "tracked", **settings)
+    assert (plain / "model.safetensors").read_bytes() == (tracked / "model.safetensors").read_bytes()
+    line = next(line for line in read_metrics(tmp_path / "tracked") if "MaxRank" in line)
+    assert len(line["MaxRank"]) == 4 and all(1 <= rank <= line["T"] for rank in line["MaxRank"])

@@ -204,7 +204,7 @@ def inherit(reference, layers, out, parts="", moments=False, top="", top_layers=
         if not is_gpt2 and importlib.util.find_spec("transformers"):
             from plumbing import decoders
 
-            decoders.check_opens(directory)
+            decoders.check_opens(directory, out)
     rows = {}  # a line for each layer, and for each tensor outside the layers
     for name, source in origin.items():
         rows.setdefault(LAYER.sub(r"\1\2", name), {})[LAYER.sub(r"\1\2", source)] = True

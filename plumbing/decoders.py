@@ -173,9 +173,9 @@ def derived_config(path: Path) -> dict:
         return json.loads(config.to_json_string(use_diff=False))
 
 
-def check_opens(path: Path):
-    """Raise UserError unless every tensor of a directory has its place in the model, and none is missing."""
-    with transformers_for(path) as transformers:
+def check_opens(path: Path, name):
+    """Raise UserError, naming `name`, unless every tensor in `path` has its place and none is missing."""
+    with transformers_for(name) as transformers:
         how = {"output_loading_info": True, "use_safetensors": True, "dtype": "auto", **SAFE}
         _, found = transformers.AutoModelForCausalLM.from_pretrained(path, **how)
         kinds = [f"{kind}_keys" for kind in ("missing", "unexpected", "mismatched")]

@@ -117,6 +117,9 @@ def check(config: RecipeConfig):
             options = {f.name: getattr(settings, f.name) for f in fields(GPTConfig)}
             options = {key: value for key, value in options.items() if value is not None}
             shape = replace(base, **options | {"n_layer": n_layer})
+            other_family = type(base) is not GPTConfig and (model.parts or model.width < 1)
+            if other_family or model.width * shape.n_head % 1:
+                raise ValueError("parts and width are for GPT-2, and a width needs a whole number of heads")
             processes = machine.rank_and_world_size()[1]
             data.accumulation(settings.tokens_per_step, settings.micro_batch, shape.block_size, processes)
         except (ValueError, TypeError, UserError) as error:  # TypeError: no such setting

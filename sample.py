@@ -31,10 +31,7 @@ def main():
     config = configurator.load(SampleConfig)
     device, path = machine.pick_device(config.device), storage.resolve(config.model)
     model = checkpoint.load_model(path).to(device)
-    name = storage.read_json(path / "config.json").get("tokenizer")
-    if name is None and not (path / "tokenizer.json").is_file():
-        name = "gpt2"  # OpenAI's
-    encoding = tokenizers.of_directory(path, name)
+    encoding = tokenizers.of_directory(path, storage.read_json(path / "config.json").get("tokenizer"))
     ids = encoding.encode_ordinary(config.prompt) or [encoding.eot_token]
     torch.manual_seed(config.seed)
     idx = torch.tensor([ids] * config.samples, device=device)  # (samples, T)

@@ -94,9 +94,9 @@ def halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def of_directory(directory: Path, name: str | None):
-    """The tokenizer of a data directory or model: its own tokenizer.json unless `name` is a known one."""
+    """The tokenizer of a data directory or model: the one named, else its tokenizer.json, else GPT-2's."""
     known = name == "bytes" or name in tiktoken.list_encoding_names()
-    return tokenizer(name if known or not (directory / "tokenizer.json").is_file() else directory)
+    return tokenizer(directory if (directory / "tokenizer.json").is_file() and not known else name or "gpt2")
 
 
 def write_files(encoding, directory: Path):

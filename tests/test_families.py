@@ -168,3 +168,17 @@ def test_ranks_are_tracked_and_gradient_checkpointing_changes_no_weight(llama, d
     assert (plain / "model.safetensors").read_bytes() == (tracked / "model.safetensors").read_bytes()
     line = next(line for line in read_metrics(tmp_path / "tracked") if "MaxRank" in line)
     assert len(line["MaxRank"]) == 4 and all(1 <= rank <= line["T"] for rank in line["MaxRank"])
+
+
+def test_flops_count_each_weight_of_a_matrix_product_and_attention(llama):
+    products = 4 * (4 * 32 * 32 + 3 * 32 * 48) + 257 * 32  # layers, and the head
+    config = checkpoint.load_model(llama).config
+    assert config.flops_per_token() == 6 * products + 12 * 4 * 32 * 64  # 64 positions
+    assert config.num_params() == products + 257 * 32 + 9 * 32 == checkpoint.read_config(llama).num_params()
+
+
+@pytest.mark.parametrize("name", ["half width", "attention and its norm"])
+def test_a_baseline_that_is_for_gpt2_is_refused_before_the_first_step(llama, data_dir, tmp_path, name):
+    settings = FREE | {"reference": str(llama), "data_dir": str(data_dir), "out_dir": str(tmp_path)}
+    with pytest.raises(UserError, match=f"{name}: parts and width are for GPT-2"):
+        inheritune.recipe(inheritune.RecipeConfig(**settings, start_layers=2, baselines=[name]))

@@ -9,8 +9,8 @@
 
 --layers lists a source layer for each layer of the target, as Python slices, from 0 and half-open: "0:8,0:8"
 stacks, "::2" takes every other layer, "new" is a fresh layer and "new:15" are fifteen. Embeddings, final norm
-and head are always inherited. It renames tensors, so any Hugging Face decoder will do; its result is opened
-in transformers before it is published. lineage.json records where each tensor came from.
+and head are always inherited. Any Hugging Face decoder will do, but --parts and --width need a GPT-2. The
+result is opened in transformers before it is published. lineage.json says where each tensor came from.
 """
 
 import importlib.util
@@ -161,11 +161,10 @@ def inherit(reference, layers, out, parts="", moments=False, top="", top_layers=
     chosen, is_gpt2 = lineage["layers"], config.get("model_type") == "gpt2"
     kept = parts.split(",") if parts else BLOCK_PARTS
     heads = width * config.get("n_head", 0)
-    if not set(kept) <= set(BLOCK_PARTS) or not 0 < width <= 1 or heads % 1 or (width < 1 and not is_gpt2):
-        raise UserError(
-            f"found parts {parts!r}, width {width}, {heads} heads; expected a comma-separated list of "
-            f"{', '.join(BLOCK_PARTS)}, and a width up to 1 that leaves a whole number of heads (GPT-2 only)"
-        )
+    for_gpt2 = parts or width < 1
+    if not set(kept) <= set(BLOCK_PARTS) or not 0 < width <= 1 or heads % 1 or (for_gpt2 and not is_gpt2):
+        expected = f"parts of {', '.join(BLOCK_PARTS)} and a width with a whole number of heads, of a GPT-2"
+        raise UserError(f"found parts {parts!r}, width {width}, {heads} heads; expected {expected}")
     if config.get("scale_attn_by_inverse_layer_idx") and chosen != list(range(len(chosen))):
         print("warning: layer i divides its attention logits by i + 1, so a moved layer computes differently")
 

@@ -63,8 +63,10 @@ class RecipeConfig(TrainConfig):
             raise UserError('inherit_from is stable, which needs a decay; set schedule to "wsd"')
         if self.init_from != "scratch" or self.eval_only or self.override or self.teacher:
             raise UserError("init_from, eval_only, override and teacher are for train.py, not for the recipe")
-        if len(set(self.seeds)) < len(self.seeds) or self.sequences < 1:
-            raise UserError(f"seeds {self.seeds}, sequences {self.sequences}; expected different seeds, >= 1")
+        unknown = self.n_layer not in (None, self.n) or self.moments or self.inherit_from != "last"
+        if len(set(self.seeds)) < len(self.seeds) or self.sequences < 1 or (self.reference and unknown):
+            expected = "different seeds, sequences >= 1; with a reference no n_layer, moments, inherit_from"
+            raise UserError(f"seeds {self.seeds}, sequences {self.sequences}; expected {expected}")
 
 
 def round_target(config: RecipeConfig, k: int, previous_k: int | None) -> Baseline:

@@ -98,10 +98,11 @@ def vocabulary(directory: Path) -> dict | None:
 
 
 def check_tokenizer(path: Path, meta: dict):
-    """Raise UserError if a model reads other tokens than the data has. OpenAI's models name none: gpt2."""
+    """Raise UserError if a model reads other tokens than the data has. A GPT-2 that names none: gpt2."""
     table = storage.read_json(path / "config.json")
-    found = table.get("tokenizer") or ("gpt2" if table.get("model_type") == "gpt2" else str(path))
     theirs, ours = vocabulary(path), vocabulary(Path(meta["directory"]))
+    unnamed = "gpt2" if theirs is None and table.get("model_type") == "gpt2" else str(path)
+    found = table.get("tokenizer", unnamed)
     if theirs != ours if theirs and ours else found != meta["tokenizer"]:
         named = "" if found != meta["tokenizer"] else " (another vocabulary of that name)"
         remedy = f"prepare it anew with --tokenizer={path if named or '/' in found else found}"
@@ -306,7 +307,7 @@ def resume(path: Path, model: GPT, optimizer, scaler, settings: dict, override: 
         differences = "; ".join(f"{key}: {then.get(key)} then, {settings[key]} now" for key in changed)
         raise UserError(
             f"cannot resume {path}: {differences}; use the settings of then or a different out_dir, "
-            f"or allow the change with --override={','.join(filter(None, changed + override))}"
+            f"or, in train.py, allow the change with --override={','.join(filter(None, changed + override))}"
         )
     if state["step"] > settings["max_steps"]:
         raise UserError(f"{path} is beyond max_steps {settings['max_steps']}; raise it or change out_dir")

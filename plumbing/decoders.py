@@ -3,8 +3,8 @@
     python analyze_attention.py HuggingFaceTB/SmolLM2-135M --data_dir=data/demo    # pip install transformers
     python inheritune.py config/single_gpu.toml --reference=HuggingFaceTB/SmolLM2-135M
 
-checkpoint.py calls this for every config.json that model.py does not compute: other families, and GPT-2 with
-another activation. transformers is imported only here. The code that comes with a model is never run.
+checkpoint.py calls this for every model that model.py cannot compute: other families, and GPT-2 with another
+activation. transformers is imported only here. The code that comes with a model is never run.
 """
 
 import contextlib
@@ -57,8 +57,7 @@ class Decoder(torch.nn.Module):
 
     def __init__(self, hf: torch.nn.Module, table: dict, block_size: int | None, dropout: float):
         super().__init__()
-        self.hf, text = hf, hf.config.get_text_config()
-        self.table = table  # its config.json
+        self.hf, self.table, text = hf, table, hf.config.get_text_config()  # table: its config.json
         T = min(block_size or 1024, getattr(text, "max_position_embeddings", None) or sys.maxsize)
         V, heads = hf.get_input_embeddings().num_embeddings, text.num_attention_heads
         self.config = DecoderConfig(text.num_hidden_layers, heads, text.hidden_size, T, V, True, dropout)
@@ -151,8 +150,8 @@ def load(path: Path, dtype: torch.dtype, options: dict, fresh: bool) -> Decoder:
             table = json.loads(config.to_json_string(use_diff=False))
             hf = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **SAFE)
         else:
-            how = {"dtype": dtype, "config": config, "use_safetensors": True, **SAFE}  # never a pickle
-            how |= {"output_loading_info": True}
+            how = SAFE | {"dtype": dtype, "config": config, "output_loading_info": True}
+            how["use_safetensors"] = True  # never a pickle
             hf, found = transformers.AutoModelForCausalLM.from_pretrained(path, **how)
             if found["missing_keys"]:  # transformers leaves random weights there
                 raise ValueError(f"no weights for {', '.join(sorted(found['missing_keys'])[:5])}")
@@ -178,8 +177,7 @@ def check_opens(path: Path, name):
     with transformers_for(name) as transformers:
         how = {"output_loading_info": True, "use_safetensors": True, "dtype": "auto", **SAFE}
         _, found = transformers.AutoModelForCausalLM.from_pretrained(path, **how)
-        kinds = [f"{kind}_keys" for kind in ("missing", "unexpected", "mismatched")]
-        wrong = [str(each) for kind in kinds for each in found[kind]]
+        wrong = [str(each) for kind in ("missing", "unexpected") for each in found[f"{kind}_keys"]]
         if wrong:
             raise ValueError(f"sliced, its layers are of other kinds: {', '.join(sorted(wrong)[:3])}")
 

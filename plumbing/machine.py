@@ -11,6 +11,7 @@ import ctypes
 import importlib.util
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -211,7 +212,7 @@ def watch_signals():
         global stop_signal
         stop_signal = number
         for each in watched:
-            if each != signal.SIGHUP:  # which comes several times when torchrun was killed: once a thread
+            if each != signal.SIGHUP:  # which comes once for each thread of a killed torchrun
                 signal.signal(each, signal.SIG_DFL)
 
     for each in watched:
@@ -242,5 +243,5 @@ def versions(device: torch.device) -> dict:
     return {
         "commit": commit or "unknown", "python": platform.python_version(), "torch": torch.__version__,
         "device": f"{device.type}: {torch.cuda.get_device_name(device) if is_gpu else cpu}",
-        "processes": rank_and_world_size()[1], "command": " ".join(sys.argv),
+        "processes": rank_and_world_size()[1], "command": shlex.join(sys.argv),
     }

@@ -44,7 +44,7 @@ class HuggingFaceTokenizer:
         return self.rust.encode(text, add_special_tokens=False).ids
 
     def encode_to_numpy(self, text: str, disallowed_special=()) -> np.ndarray:
-        """A batch of one: unlike encode(), encode_batch() lets other threads run."""
+        # a batch of one: unlike encode(), encode_batch() lets other threads run
         return np.array(self.rust.encode_batch([text], add_special_tokens=False)[0].ids, np.uint32)
 
     def decode(self, ids: list[int]) -> str:

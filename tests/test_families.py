@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, TINY, call_script, options, read_metrics, run_script
 from safetensors.torch import load_file
 
+import inherit
 import inheritune
 import train
 from plumbing import checkpoint, storage
@@ -182,3 +183,14 @@ def test_a_baseline_that_is_for_gpt2_is_refused_before_the_first_step(llama, dat
     settings = FREE | {"reference": str(llama), "data_dir": str(data_dir), "out_dir": str(tmp_path)}
     with pytest.raises(UserError, match=f"{name}: parts and width are for GPT-2"):
         inheritune.recipe(inheritune.RecipeConfig(**settings, start_layers=2, baselines=[name]))
+
+
+@pytest.mark.parametrize("options", [{"n_layer": 6}, {"moments": True}, {"inherit_from": "stable", "schedule": "wsd"}])
+def test_what_a_trained_reference_cannot_give_is_refused(hub_gpt2, options):
+    with pytest.raises(UserError, match="with a reference no n_layer, moments, inherit_from"):
+        inheritune.RecipeConfig(**FREE | {"reference": str(hub_gpt2)} | options)
+
+
+def test_parts_of_another_family_are_refused(llama, tmp_path):
+    with pytest.raises(UserError, match="of a GPT-2"):
+        inherit.inherit(llama, "0:2", tmp_path / "out", parts="ln_1,attn")

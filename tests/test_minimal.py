@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 
 import pytest
@@ -15,7 +16,9 @@ SOURCE = (ROOT / "minimal.py").read_text()
 
 
 def test_it_prints_the_ranks_and_the_comparison():
-    done = run_script("minimal.py", "--steps=2")
+    fewer = "import minimal; minimal.max_rank.__defaults__ = (0.90, 10, 100); minimal.main(steps=2)"  # sequences
+    command = [sys.executable, "-c", fewer]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     rows = dict(re.findall(r"^(reference|inherited|random) +(\d)  ", done.stdout, re.MULTILINE))
     assert rows["reference"] == "8" and rows["inherited"] == rows["random"] in {"4", "6", "8"}
@@ -57,3 +60,8 @@ def test_the_target_has_the_reference_s_tensors_bit_for_bit():
     assert target.config.n_layer == 3
     for name, tensor in target.state_dict().items():
         assert torch.equal(tensor, theirs[name]) and tensor.data_ptr() != theirs[name].data_ptr(), name
+
+
+def test_the_number_of_steps_is_an_option():
+    done = run_script("minimal.py", "--help")
+    assert done.returncode == 0 and "--steps" in done.stdout

@@ -142,7 +142,7 @@ def lineage_of(reference, layers, parts="", moments=False, top="", top_layers=""
     """What decides the inherited tensors, for lineage.json. The layers of `top` follow the reference's."""
     path, config, n_layer, chosen = open_source(reference, layers)
     lineage = {"reference": str(reference), "sha256": storage.hashes(path)}
-    lineage |= {"parts": parts or "all", "moments": moments, "width": width}
+    lineage |= {"parts": parts or "all", "moments": moments} | ({"width": width} if width < 1 else {})
     if top:
         top_path, top_config, _, on_top = open_source(top, top_layers)
         alike = [key for key in ("model_type", "n_embd", "hidden_size", "layer_types") if key in config]

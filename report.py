@@ -253,7 +253,7 @@ def report(out_dir: str | Path, animate: bool = False, paper: str = "") -> str:
     windows = len(val_losses(rows[0]["paths"][0]))
     sections = [comparison(rows), claims(rows, recipe), attention_table(attention)]
     paper = paper or recipe.get("paper", "")
-    beside = [f"## Beside the paper\n\n{paper_table(rows, paper)}"] if paper else []
+    beside = [f"## Beside the paper\n\n{paper_table(rows, paper)}\n"] if paper else []
     text = f"""# {out_dir.name}
 
 {sections[0]}
@@ -273,7 +273,6 @@ T = {first["T"]}, tau = {first["tau"][0]}, {first["sequences"]} sequences. MaxRa
 ![every measure by layer](rank.png)
 
 {"".join(beside)}
-
 ## Validation loss
 
 ![validation loss against tokens](loss.png)

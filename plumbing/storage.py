@@ -143,8 +143,9 @@ def publish(path: str | Path):
     path = Path(path).expanduser()
     if path.exists():
         raise UserError(f"{path} exists already; remove it or choose a different place")
-    for leftover in path.parent.glob(f".tmp-{path.name}-*"):  # of a killed process
-        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in path.parent.glob(".tmp-*"):  # of a killed process, but not of "half-2" beside "half"
+        if re.fullmatch(rf"\.tmp-{re.escape(path.name)}-\d+-\d+", leftover.name):
+            shutil.rmtree(leftover, ignore_errors=True)
     partial = path.with_name(f".tmp-{path.name}-{os.getpid()}-{time.time_ns()}")
     try:
         partial.mkdir(parents=True)
@@ -243,8 +244,7 @@ def lock(directory: str | Path):
 def resolve(name: str | Path, needed: str = "config.json") -> Path:
     """The verified directory of a model: a checkpoint, a run (its latest checkpoint) or a name on the hub.
 
-    A directory without a manifest, as transformers writes it, is taken as it is. needed="tokenizer.json": a
-    tokenizer's. Raises UserError.
+    A directory without a manifest, as transformers writes it, is taken as it is. Raises UserError.
     """
     path = Path(name).expanduser()
     if path.is_dir() and not (path / needed).is_file():

@@ -7,7 +7,6 @@ prepare_data.py writes the files beside the tokens, and train.py copies them int
 """
 
 import itertools
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -102,10 +101,7 @@ def of_directory(directory: Path, name: str | None):
 def write_files(encoding, directory: Path):
     """Write what transformers reads a tokenizer from: copied, or made for `bytes` and `gpt2`."""
     if isinstance(encoding, HuggingFaceTokenizer):
-        for name in storage.TOKENIZER_FILES:
-            if (encoding.folder / name).is_file():
-                shutil.copy(encoding.folder / name, directory)
-        return
+        return storage.copy_tokenizer(encoding.folder, directory)
     if encoding.name not in ("bytes", "gpt2"):
         print(f"warning: no tokenizer.json is known for {encoding.name!r}; name it to tools that need it")
         return

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The recipe on a real model that needs no hub: SmolLM2-135M-Instruct (30 layers), which a package of the index carries.
 #
-#   sh tests/real_model.sh out/real     # half an hour on two CPU cores, 4 GB; not part of the tests
+#   sh tests/real_model.sh out/real     # 20 minutes on two CPU cores with AMX; not part of the tests
 #
 # It converts the package's GGUF file to a Hugging Face directory, compares our loss with transformers' own, measures the
 # attention, and inherits, trains and compares the first 15 layers, the last 15 and 15 random ones.

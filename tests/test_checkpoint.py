@@ -268,3 +268,10 @@ def test_any_flipped_byte_and_any_truncation_is_seen_and_the_older_checkpoint_ta
         file.write_bytes(content)
 
 
+
+
+def test_only_the_leftovers_of_the_same_output_are_cleared_away(tmp_path):
+    for name in (".tmp-half-12-34", ".tmp-half-2-12-34"):  # the second is of an output "half-2", being written
+        (tmp_path / name).mkdir()
+    checkpoint.save(tmp_path / "half", random_model(n_layer=1), "bytes", 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-half-2-12-34", "half"]

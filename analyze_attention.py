@@ -2,7 +2,7 @@
 
     python analyze_attention.py out/demo/reference --compare=out/demo/inherited-4 --data_dir=data/demo
     python analyze_attention.py gpt2 --data_dir=data/mine --tau=0.8,0.85,0.9,0.95 --groups=0:4,4:8,8:12
-    python analyze_attention.py some/llama --data_dir=data/demo --heads=7.16    # any decoder of transformers
+    python analyze_attention.py some/llama --data_dir=data/llama --heads=7.16    # any decoder of transformers
 
 A is the causal attention matrix of a layer, head and sequence: T x T, each row sums to 1. It always has full
 rank, so only an approximate rank is informative, and that depends on T and tau. The control is an untrained
@@ -10,7 +10,6 @@ model of the same shape. To add a measure, add an entry to MEASURES. Suffixes: B
 """
 
 import csv
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,6 @@ import tyro
 from tqdm import tqdm
 
 import data
-from model import GPT
 from plumbing import checkpoint, configurator, storage
 from plumbing.configurator import UserError
 from plumbing.fast_rank import fast_rank
@@ -36,7 +34,7 @@ class AnalyzeConfig:
 
     model: tyro.conf.Positional[str]  # a checkpoint, a run directory or a name on the hub
     compare: str = ""  # a second model to put beside it
-    data_dir: str = "data/python"  # made by prepare_data.py; a GPT-2 must have its tokenizer
+    data_dir: str = "data/python"  # made by prepare_data.py, with the model's tokenizer
     out: str = ""  # directory of the results; default MODEL/attention, or out/MODEL/attention for a hub name
     seq_len: int = 100  # T; the model's block_size if that is shorter
     sequences: int = 100  # N random windows of the validation text; fewer if the text is short
@@ -162,24 +160,6 @@ def visit_attention(model: torch.nn.Module, idx: torch.Tensor, visit):
         checked(layer, A)
 
 
-def validation_tokens(path: Path, model: torch.nn.Module, stored: np.ndarray, meta: dict):
-    """The validation text in a model's own tokens (N,), and what begins each window: [] or [bos]. UserError.
-
-    Text of a different tokenizer is decoded and encoded again, an end-of-text after each document.
-    """
-    try:
-        checkpoint.check_tokenizer(path, meta)
-        return stored, meta.get("begin", [])
-    except UserError:
-        if isinstance(model, GPT):
-            raise
-    from plumbing import decoders, tokenizers  # imported where they are used
-
-    text = tokenizers.of_directory(Path(meta["directory"]), meta["tokenizer"])
-    documents = text.decode(stored.tolist()).split(text.decode([text.eot_token]))
-    return decoders.reencode(path, list(filter(None, documents)), model.config.vocab_size)
-
-
 def measure(model: torch.nn.Module, idx: torch.Tensor, measures: list[Measure], micro_batch: int) -> dict:
     """{layer: {measure: (H, S)}} of a model on sequences idx (S, T)."""
     found: dict[int, dict[str, list]] = {}
@@ -275,9 +255,10 @@ def analyze(config: AnalyzeConfig) -> dict:
         torch.manual_seed(0)  # of the untrained one
         model = checkpoint.load_model(path, fresh=role == "untrained").to(device)
         if role != "untrained":  # which reads what the trained model reads
-            text = data.open_tokens(config.data_dir, "val", result["T"], math.inf)
-            tokens, begin = validation_tokens(path, model, text, meta)
-            idx = random_windows(tokens, result["T"], config.sequences, config.seed, begin).to(device)
+            checkpoint.check_tokenizer(path, meta)
+            text = data.open_tokens(config.data_dir, "val", result["T"], model.config.vocab_size)
+            begin = meta.get("begin", [])  # [bos] of a model that was trained with one
+            idx = random_windows(text, result["T"], config.sequences, config.seed, begin).to(device)
         values = measure(model, idx, measures, config.micro_batch)
         n = model.config.n_layer
         groups = result["ranges"] or [(n * i // 3, n * (i + 1) // 3) for i in range(3)]

@@ -1,6 +1,6 @@
 """Any decoder of transformers, behind the interface of model.py's GPT: train, slice, measure, compare it.
 
-    python analyze_attention.py HuggingFaceTB/SmolLM2-135M --data_dir=data/demo    # pip install transformers
+    python analyze_attention.py HuggingFaceTB/SmolLM2-135M --data_dir=data/smol    # pip install transformers
     python inheritune.py config/single_gpu.toml --reference=HuggingFaceTB/SmolLM2-135M
 
 checkpoint.py calls this for every model that model.py cannot compute: other families, and GPT-2 with another
@@ -14,7 +14,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from model import GPT, GPTConfig, token_losses
@@ -180,17 +179,3 @@ def check_opens(path: Path, name):
         wrong = [str(each) for kind in ("missing", "unexpected") for each in found[f"{kind}_keys"]]
         if wrong:
             raise ValueError(f"sliced, its layers are of other kinds: {', '.join(sorted(wrong)[:3])}")
-
-
-def reencode(path: Path, documents: list[str], n_ids: int) -> tuple[np.ndarray, list[int]]:
-    """Documents in a model's own tokens (N,), and what begins each of its texts: [] or [bos]. UserError."""
-    with transformers_for(path) as transformers:
-        own = transformers.AutoTokenizer.from_pretrained(path, **SAFE)
-        encoded = own(documents, add_special_tokens=False, verbose=False)["input_ids"]
-        first = own("a")["input_ids"][:1]  # Gemma and Llama were trained with a begin-of-text token in front
-        end = [] if own.eos_token_id is None else [own.eos_token_id]
-        tokens = np.array([token for ids in encoded for token in (*ids, *end)], dtype=np.int64)
-        word, back = documents[0].split()[0].lower(), own.decode(encoded[0]).lower()
-        if word not in back or tokens.max() >= n_ids:
-            raise ValueError(f"its tokenizer ({len(own)} tokens) is empty or a different model's")
-    return tokens, first if first == [own.bos_token_id] else []

@@ -14,6 +14,7 @@ from conftest import call_script, random_model
 from test_decoders import save
 
 import analyze_attention
+import prepare_data
 from analyze_attention import MEASURES, AnalyzeConfig, Measure, analyze, k_star, m_star, sink, stored, track
 from plumbing import checkpoint, figures
 from plumbing.configurator import UserError
@@ -21,29 +22,18 @@ from plumbing.configurator import UserError
 # ---- The definitions, word for word and independent of the project's code
 
 
-def independent(path, val_bytes: np.ndarray, ours: bool, T=100, N=100, tau=0.9, seed=0):
+def independent(path, tokens: np.ndarray, ours: bool, T=100, N=100, tau=0.9, seed=0):
     """Rank, m* and sink {name: (L, H)}, means over N sequences; N; how many ties at tau."""
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
-    own, tokens, begin = transformers.AutoTokenizer.from_pretrained(path), val_bytes.tolist(), []
-    if not ours:
-        documents = [
-            bytes(d[d < 256].tolist()).decode()
-            for d in np.split(val_bytes, np.flatnonzero(val_bytes == 256) + 1)
-        ]
-        tokens = [
-            t
-            for d in filter(None, documents)
-            for t in [*own(d, add_special_tokens=False)["input_ids"], own.eos_token_id]
-        ]
-        begin = [own.bos_token_id] if own("a")["input_ids"][0] == own.bos_token_id else []
+    begin = [] if ours else transformers.AutoTokenizer.from_pretrained(path)("")["input_ids"]
     n = T - len(begin)
     starts = np.random.RandomState(seed).choice(len(tokens) - n + 1, min(N, len(tokens) // n), replace=False)
     ranks, masses, sinks, ties = [], [], [], 0
     for start in starts:
         with torch.no_grad():
             attentions = model(
-                torch.tensor([begin + tokens[start : start + n]]), output_attentions=True
+                torch.tensor([[*begin, *tokens[start : start + n].tolist()]]), output_attentions=True
             ).attentions
         A = torch.stack([layer[0] for layer in attentions]).double()  # (L, H, T, T)
         energy = torch.linalg.svdvals(A) ** 2
@@ -96,13 +86,24 @@ def gpt(tmp_path_factory) -> Path:
     return save_gpt(tmp_path_factory.mktemp("runs") / "reference" / "step-00000300", bias=True)
 
 
+def save_with_corpus(tmp_path: Path, family: str, documents, bos: bool, **changes) -> tuple[Path, Path]:
+    """A tiny model of another family, and documents that prepare_data.py tokenized for it."""
+    path, source = save(tmp_path / family, family, documents, bos, **changes), tmp_path / "corpus.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    options = [f"--tokenizer={path}", "--val_fraction=0.2", f"--out={tmp_path / 'tokens'}"]
+    assert call_script(prepare_data, "files", source, *options) == 0
+    return path, tmp_path / "tokens"
+
+
 def config(model, corpus, out, **changes) -> AnalyzeConfig:
     return AnalyzeConfig(str(model), data_dir=str(corpus), out=str(out), device="cpu", **changes)
 
 
 @pytest.mark.parametrize("family", ["ours", "Llama", "Gemma3Text"])
 def test_the_measures_equal_an_independent_script(family, gpt, corpus, documents, tmp_path):
-    path = gpt if family == "ours" else save(tmp_path / family, family, documents, bos=family == "Gemma3Text")
+    path = gpt
+    if family != "ours":
+        path, corpus = save_with_corpus(tmp_path, family, documents, bos=family == "Gemma3Text")
     result = analyze(config(path, corpus, tmp_path / "a", control=False))
     val = np.fromfile(corpus / "val.bin", dtype="<u2")
     expected, n, ties = independent(path, val, family == "ours")
@@ -332,16 +333,14 @@ def test_attention_that_is_not_finite_ends_the_analysis_with_layer_and_head():
     assert caught.value.exit_code == 1
 
 
-def test_a_hybrid_s_layers_without_attention_are_neither_measured_nor_lazy(
-    corpus, documents, tmp_path, capsys
-):
+def test_a_hybrid_s_layers_without_attention_are_neither_measured_nor_lazy(documents, tmp_path, capsys):
     pytest.importorskip("transformers")
     kinds = {
         "layer_types": ["full_attention", "conv", "conv"],
         "block_multiple_of": 1,
         "num_key_value_heads": 2,
     }
-    path = save(tmp_path / "lfm", "Lfm2", documents, bos=False, **kinds)
+    path, corpus = save_with_corpus(tmp_path, "Lfm2", documents, bos=False, **kinds)
     result = analyze(config(path, corpus, tmp_path / "a", sequences=2, control=False))
     assert [row["layer"] for row in result["layers"]] == [0] and analyze_attention.suggested_layers(
         result

@@ -1,7 +1,7 @@
 """Token files: their format, the order of training batches, the fixed validation windows.
 
     python prepare_data.py python --out=data/python        # makes a data directory
-    python -m data data/python                             # verifies and describes one
+    python prepare_data.py python --out=data/python        # verifies it if it is there
 
 A data directory holds train.bin and val.bin (little-endian uint16, or uint32 for a large vocabulary) and
 meta.json, which is written last: if it exists, the preparation was finished.
@@ -12,13 +12,12 @@ micro-batch only takes its slice of it, and all models of a comparison see the s
 
 import functools
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from plumbing import storage
-from plumbing.configurator import UserError, run
+from plumbing.configurator import UserError
 
 FORMAT = 1
 
@@ -146,19 +145,3 @@ def windows(tokens: np.ndarray, starts: np.ndarray, block_size: int):
     window = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)  # (B, T + 1)
     window = torch.from_numpy(window)
     return window[:, :-1], window[:, 1:]
-
-
-def main():
-    from plumbing import tokenizers  # imported here: training reads tokens, not text
-
-    meta = verify(sys.argv[1])
-    print(f"{sys.argv[1]}: {meta['source']}, tokenizer {meta['tokenizer']}; sizes and hashes are right")
-    for split, entry in meta["splits"].items():
-        tokens = open_tokens(sys.argv[1], split, 1, math.inf)[:100].tolist()
-        print(f"  {split:5s} {entry['tokens']:>14,} tokens {entry['documents']:>10,} documents")
-        encoding = tokenizers.of_directory(Path(meta["directory"]), meta["tokenizer"])
-        print(f"        {encoding.decode(tokens)[:100]!r} ...")  # shows a wrong column
-
-
-if __name__ == "__main__":
-    run(main)

@@ -22,7 +22,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 
-from plumbing import checkpoint, configurator, storage
+from plumbing import configurator, storage
 from plumbing.configurator import UserError
 
 LAYER = re.compile(r"^(.*?(?:^|\.)(?:h|layers|blocks)\.)(\d+)\.(.+)$")  # "transformer.h." "3" "ln_1.weight"
@@ -121,7 +121,7 @@ def open_source(name: str | Path, layers: str | list) -> tuple[Path, dict, int, 
 
 def source_tensors(path: Path, config: dict, n_layer: int, stem: str, width=1.0, shift: int = 0) -> dict:
     """Name -> tensor of a checkpoint, its layers counted from `shift`. UserError if layers are missing."""
-    rename = checkpoint.gpt2_key if config.get("model_type") == "gpt2" else str
+    rename = storage.gpt2_key if config.get("model_type") == "gpt2" else str
     found, numbers = {}, set()
     for stored_name, tensor in storage.read_tensors(path, stem).items():
         name = rename(stored_name)
@@ -191,10 +191,12 @@ def inherit(reference, layers, out, parts="", moments=False, top="", top_layers=
         storage.write_json(directory / "config.json", sliced_config(config, chosen, n_layer, width))
         fresh = {}
         if parts or None in chosen:
+            from plumbing import checkpoint  # imported here: only fresh layers need a model
+
             torch.manual_seed(seed)
             fresh = checkpoint.hf_tensors(checkpoint.load_model(directory, fresh=True))
         weights, origin = target_tensors("model", fresh)
-        checkpoint.check_finite(path, weights)
+        storage.check_finite(path, weights)
         save_torch_state_dict(weights, directory, max_shard_size="5GB")
         if moments:
             save_file(target_tensors("optimizer", {})[0], directory / "optimizer.safetensors")

@@ -19,9 +19,9 @@ from analyze_attention import AnalyzeConfig, analyze, stored, suggested_layers
 from baselines import CLAIMS, PAPER, Baseline, baselines
 from inherit import inherit, lineage_of
 from model import GPTConfig
-from plumbing import checkpoint, configurator, machine, storage
+from plumbing import checkpoint, configurator, processes, storage
 from plumbing.configurator import UserError
-from plumbing.machine import on_rank_0
+from plumbing.processes import on_rank_0
 from report import paired_difference, report, verdict
 from train import TrainConfig, stable_steps, train
 
@@ -122,8 +122,8 @@ def check(config: RecipeConfig):
             other_family = type(base) is not GPTConfig and (model.parts or model.width < 1)
             if other_family or model.width * shape.n_head % 1:
                 raise ValueError("parts and width are for GPT-2, and a width needs a whole number of heads")
-            processes = machine.rank_and_world_size()[1]
-            data.accumulation(settings.tokens_per_step, settings.micro_batch, shape.block_size, processes)
+            world_size = processes.rank_and_world_size()[1]
+            data.accumulation(settings.tokens_per_step, settings.micro_batch, shape.block_size, world_size)
         except (ValueError, TypeError, UserError) as error:  # TypeError: no such setting
             raise UserError(f"{name}: {error}") from None
 
@@ -202,7 +202,7 @@ def recipe(config: RecipeConfig):
     k, previous_k = config.first_k, None
     if config.start_layers == "auto" and suggested_layers(attention) < n:
         k = suggested_layers(attention)
-        machine.say(f"the last {n - k} layers of the reference are lazy, so k = {k} of {n}")
+        processes.say(f"the last {n - k} layers of the reference are lazy, so k = {k} of {n}")
 
     # ---- Inheritune: inherit k layers, train, and expand until the target matches (paper, algorithm 1)
     while True:
@@ -210,7 +210,7 @@ def recipe(config: RecipeConfig):
         targets = make("target", "round", start, f"inherited-{k}", f"inherited, {k} layers")
         difference, interval = paired_difference(targets, references)
         result = verdict(difference, interval, config.tolerance)
-        machine.say(f"round k = {k}: {difference:+.4f} nats to the reference: {result}")
+        processes.say(f"round k = {k}: {difference:+.4f} nats to the reference: {result}")
         if difference <= config.tolerance or k == n:
             break
         previous_k, k = k, min(k + config.expand_by, n)
@@ -229,13 +229,13 @@ def recipe(config: RecipeConfig):
     on_rank_0(write_report, True)  # rank 0 looks: the file may be there already when another rank does
     for name, model in wanted(config.baselines, n, k).items():
         make(name, "baseline", model, f"{'-'.join(name.replace(',', '').lower().split())}-{k}")
-    machine.say(on_rank_0(write_report, False))
+    processes.say(on_rank_0(write_report, False))
 
 
 def main():
-    machine.watch_signals()
+    processes.watch_signals()
     config = configurator.load(RecipeConfig)
-    with machine.process_group():
+    with processes.process_group():
         recipe(config)
 
 

@@ -18,7 +18,7 @@ import tyro
 
 import data
 from baselines import PAPER
-from plumbing import checkpoint, configurator, figures, storage
+from plumbing import checkpoint, configurator, figures, resume, storage
 from plumbing.configurator import UserError
 
 NOTES = """Loss: nats per token, the mean over all validation windows ± its standard error. Difference: loss
@@ -119,7 +119,7 @@ def rows_of(recipe: dict, out_dir: Path) -> list[dict]:
         paths = [out_dir / path for path in model["paths"]]
         for path in paths:
             storage.verify(path)
-        config, state = checkpoint.read_config(paths[0]), checkpoint.read_state(paths[0])
+        config, state = checkpoint.read_config(paths[0]), resume.read_state(paths[0])
         losses = np.array([val_losses(path) for path in paths])  # (seeds, windows)
         each = [float(window_differences(*pair).mean()) for pair in zip(paths, references, strict=False)]
         difference, interval = paired_difference(paths, references)
@@ -246,7 +246,7 @@ def report(out_dir: str | Path, animate: bool = False, paper: str = "") -> str:
         for row in rows
         if row["role"] in ("reference", "target")
     }
-    states = [checkpoint.read_state(path) for row in rows for path in row["paths"]]
+    states = [resume.read_state(path) for row in rows for path in row["paths"]]
     first, made_by = attention["reference"], states[0]["versions"]
     commits = ", ".join(sorted({state["versions"]["commit"] for state in states}))
     seeds = ", ".join(sorted({str(state["settings"]["seed"]) for state in states}))

@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 import data
 from model import GPT, GPTConfig
-from plumbing import checkpoint, configurator, machine, storage
+from plumbing import checkpoint, configurator, machine, processes, resume, storage
 from plumbing.configurator import UserError, may_change
+from plumbing.muon import MuonAndAdamW
 
 # ---- settings
 
@@ -50,6 +51,7 @@ class TrainConfig(ModelOptions):
     # optimization: part of the experiment. The defaults are the paper's (appendix F), but for its batch sizes
     tokens_per_step: int = 49_152  # over all processes: 48 sequences of 1,024
     max_steps: int = 100_000  # updates; 0: evaluate init_from and save it as a run of no steps
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for the rest
     lr: float = 6e-4  # peak learning rate, reached after the warm-up
     min_lr: float = 1e-5  # at the end of the schedule
     warmup_steps: int = 2_000
@@ -134,28 +136,28 @@ def training_loss(config: TrainConfig, parallel, teacher, autocast, x, y, is_las
         return distillation_loss(parallel(x), y, teacher_logits, config.alpha, config.tau)
 
 
-def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (paper, appendix F), one kernel for all parameters."""
-    groups = model.param_groups(config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW | MuonAndAdamW:
+    """AdamW (paper, appendix F), one kernel for all parameters; or Muon for the blocks' matrices (ours)."""
+    groups, betas = model.param_groups(config.weight_decay), (config.beta1, config.beta2)
+    if config.optimizer == "muon":
+        optimizer = MuonAndAdamW(model, config.lr, betas, config.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
     optimizer.found_inf = torch.zeros((), device=next(model.parameters()).device)  # 1: no update
     return optimizer
 
 
-def train_step(model, optimizer, scaler, grad_clip, loss_of, batches, accumulation, mark=lambda part: None):
+def train_step(model, optimizer, scaler, grad_clip, loss_of, batches, accumulation):
     """One update on `accumulation` micro-batches (x, y). Returns (loss, gradient norm), on the device.
 
-    loss_of(x, y, is_last) is a mean over tokens. mark(part) is called after each part: bench.py times them.
+    loss_of(x, y, is_last) is a mean over tokens.
     Once a gradient norm is non-finite, the optimizer's kernel skips this and all later updates, so the CPU
     need not wait for the device at each step. With a GradScaler (float16) only that one is skipped.
     """
     total = 0.0
     for i, (x, y) in enumerate(batches, start=1):
-        mark("data")
         loss = loss_of(x, y, i == accumulation) / accumulation
-        mark("forward")
         scaler.scale(loss).backward()
-        mark("backward")
         total = total + loss.detach()
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)  # 0: no clipping
@@ -164,14 +166,13 @@ def train_step(model, optimizer, scaler, grad_clip, loss_of, batches, accumulati
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    mark("optimizer")
     return total, grad_norm
 
 
 @torch.no_grad()
 def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast) -> np.ndarray:
     """Loss of every validation window, in nats per token: float64 (windows,). Each process does its share."""
-    rank, world_size = machine.rank_and_world_size()
+    rank, world_size = processes.rank_and_world_size()
     T = model.config.block_size
     starts = data.val_starts(len(tokens), T)
     losses = torch.zeros(len(starts), dtype=torch.float64)
@@ -198,16 +199,16 @@ def save(config: TrainConfig, meta: dict, model, optimizer, scaler, state: dict,
         windows = {"data": state["made_from"]["data"]["val"], "block_size": config.block_size}
         files["val_losses.json"] = windows | {"losses": losses.tolist()}
     tokenizer = meta["tokenizer"], meta["eot"]
-    machine.on_rank_0(checkpoint.save, path, model, *tokenizer, optimizer, files, config.data_dir)
+    processes.on_rank_0(checkpoint.save, path, model, *tokenizer, optimizer, files, config.data_dir)
     spare = path.with_name(f"step-{stable_steps(config):08d}")  # the last one before a "wsd" decay
-    machine.on_rank_0(storage.prune, path.parent, config.keep_checkpoints, spare)
+    processes.on_rank_0(storage.prune, path.parent, config.keep_checkpoints, spare)
     return path
 
 
 def set_up(config: TrainConfig):
     """(hardware, the data's meta.json, model, teacher or None, where both come from). Raises UserError."""
     hardware = machine.pick(config.device, config.dtype, config.deterministic)
-    meta = machine.on_rank_0(data.verify, config.data_dir)
+    meta = processes.on_rank_0(data.verify, config.data_dir)
     options = {f.name: value for f in fields(GPTConfig) if (value := getattr(config, f.name)) is not None}
     model, lineage = checkpoint.open_model(config.init_from, meta, hardware.wide, options, config.seed)
     same = {key: getattr(model.config, key) for key in ("vocab_size", "block_size")}
@@ -217,7 +218,7 @@ def set_up(config: TrainConfig):
     steps = 0 if config.eval_only else config.max_steps
     flops = steps * config.tokens_per_step * model.config.flops_per_token()
     reason = machine.prepare([model, teacher] if teacher else [model], config.compile, flops, hardware)
-    machine.say(
+    processes.say(
         f"{config.out_dir}: {model.config.n_layer} layers, {model.config.num_params():,} parameters from "
         f"{config.init_from}{f', taught by {config.teacher}' if teacher else ''}; {flops:.3g} FLOPs; {reason}"
     )
@@ -232,7 +233,7 @@ def loop(config: TrainConfig) -> Path:
     device, T, out_dir = hardware.device, config.block_size, Path(config.out_dir)
     train_tokens = data.open_tokens(config.data_dir, "train", T, config.vocab_size)
     val_tokens = data.open_tokens(config.data_dir, "val", T, config.vocab_size)
-    rank, world_size = machine.rank_and_world_size()
+    rank, world_size = processes.rank_and_world_size()
     accumulation = data.accumulation(config.tokens_per_step, config.micro_batch, T, world_size)
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=hardware.dtype == torch.float16)
@@ -243,20 +244,20 @@ def loop(config: TrainConfig) -> Path:
     made_from = {key: checkpoint.identity(lineage) for key, lineage in lineages.items()}
     made_from["data"] = data.fingerprint(meta)
     start_step, evaluated_at = 0, None
-    path = machine.on_rank_0(checkpoint.to_resume, out_dir, config.resume)
+    path = processes.on_rank_0(resume.to_resume, out_dir, config.resume)
     if path:
         fixed = {f.name: getattr(config, f.name) for f in fields(config) if not f.metadata.get("may_change")}
         override = config.override.split(",")
-        state = checkpoint.resume(path, model, optimizer, scaler, fixed | made_from, override)
+        state = resume.resume(path, model, optimizer, scaler, fixed | made_from, override)
         start_step, evaluated_at = state["step"], state["evaluated_at"]
-        machine.say(f"resuming from {path}: step {start_step} of {config.max_steps}")
+        processes.say(f"resuming from {path}: step {start_step} of {config.max_steps}")
         if start_step == config.max_steps:
             return path
     elif lineages["init_from"].get("moments"):
-        checkpoint.load_optimizer(storage.resolve(config.init_from), model, optimizer)
+        resume.load_optimizer(storage.resolve(config.init_from), model, optimizer)
 
     # ---- loop: `step` updates have been made
-    parallel = machine.distribute(model, device)
+    parallel = processes.distribute(model, device)
     loss_of = functools.partial(training_loss, config, parallel, teacher, hardware.autocast)
     stable = stable_steps(config)  # the checkpoint after so many steps is kept
     log = functools.partial(storage.append_json, out_dir / "metrics.jsonl") if rank == 0 else lambda _: None
@@ -265,7 +266,7 @@ def loop(config: TrainConfig) -> Path:
     rate, loss, grad_norm = 0.0, None, None  # of the last update; loss and norm are on the device
     model.train()
     for step in itertools.count(start_step):
-        stop, last = machine.stop_requested(), step == config.max_steps
+        stop, last = processes.stop_requested(), step == config.max_steps
         to_log = step % config.log_interval == 0 and step > start_step
         to_evaluate = (step % config.eval_interval == 0 or step == stable or last) and evaluated_at != step
         new = step > start_step or config.max_steps == 0  # something to save
@@ -293,8 +294,8 @@ def loop(config: TrainConfig) -> Path:
                 import analyze_attention  # imported where it is used: training needs none of it
 
                 log(counts | analyze_attention.track(model, val_tokens))
-            machine.say(f"  step {step} of {config.max_steps}: val loss {val_loss:.4f} ± {error:.4f}")
-            evaluated_at, stop = step, stop or machine.stop_requested()
+            processes.say(f"  step {step} of {config.max_steps}: val loss {val_loss:.4f} ± {error:.4f}")
+            evaluated_at, stop = step, stop or processes.stop_requested()
 
         # ---- checkpoint, and the end of the run
         if to_save or (stop and new):
@@ -324,7 +325,8 @@ def loop(config: TrainConfig) -> Path:
 
 def train(config: TrainConfig) -> Path:
     """Train with out_dir locked. Returns the last checkpoint. Raises UserError, also after a signal."""
-    with storage.lock(config.out_dir) if machine.rank_and_world_size()[0] == 0 else contextlib.nullcontext():
+    is_rank_0 = processes.rank_and_world_size()[0] == 0
+    with storage.lock(config.out_dir) if is_rank_0 else contextlib.nullcontext():
         return loop(config)
 
 
@@ -334,15 +336,15 @@ def evaluate_only(config: TrainConfig):
     tokens = data.open_tokens(config.data_dir, "val", model.config.block_size, model.config.vocab_size)
     losses = evaluate(model, tokens, config.micro_batch, hardware.device, hardware.autocast)
     mean, error = data.mean_and_error(losses)
-    machine.say(f"{config.init_from}: val loss {mean!r} ± {error:.4f}, {len(losses)} windows")
+    processes.say(f"{config.init_from}: val loss {mean!r} ± {error:.4f}, {len(losses)} windows")
 
 
 def main():
     config = configurator.load(TrainConfig)
-    with machine.process_group():
+    with processes.process_group():
         if config.eval_only:
             return evaluate_only(config)
-        machine.watch_signals()
+        processes.watch_signals()
         train(config)
 
 

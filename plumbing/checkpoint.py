@@ -13,9 +13,7 @@ lineage.json           where each tensor came from, if it was inherited
 manifest.json          size and sha256 of every other file (plumbing/storage.py)
 """
 
-import json
 import re
-import shutil
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -27,7 +25,6 @@ from plumbing import storage
 from plumbing.configurator import UserError
 
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored (in, out) by GPT-2, (out, in) by nn.Linear
-MASK_BUFFER = re.compile(r"\.attn\.(masked_)?bias$")  # the causal mask, which old GPT-2 files carry
 RENAMED = {"block_size": "n_positions", "dropout": "resid_pdrop"}  # GPTConfig's names -> GPT2Config's
 FIXED = {  # what model.py computes, in GPT2Config's words: the value we write, then others that mean the same
     "model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "n_inner": [None],
@@ -115,14 +112,6 @@ def check_tokenizer(path: Path, meta: dict):
 # ---- weights
 
 
-def gpt2_key(name: str) -> str | None:
-    """The key that GPT2LMHeadModel gives a stored tensor. None for a mask buffer, which is no parameter."""
-    name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)  # left by DDP and torch.compile in others' files
-    if MASK_BUFFER.search(name):
-        return None
-    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-
-
 def hf_layout(key: str, tensor: torch.Tensor) -> torch.Tensor:
     """nn.Linear's layout to Conv1D's, or back: it is its own inverse."""
     return tensor.mT if CONV1D.search(key) and tensor.ndim == 2 else tensor
@@ -143,18 +132,11 @@ def hf_tensors(model: GPT) -> dict[str, torch.Tensor]:
 def stored_weights(path: Path) -> dict[str, torch.Tensor]:
     """The parameters in a GPT-2 directory, in nn.Linear's layout, without mask buffers and the tied head."""
     stored = storage.read_tensors(path).items()
-    found = {key: hf_layout(key, tensor) for name, tensor in stored if (key := gpt2_key(name))}
+    found = {key: hf_layout(key, tensor) for name, tensor in stored if (key := storage.gpt2_key(name))}
     head = found.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, found.get("transformer.wte.weight", head.new_empty(0))):
         raise UserError(f"{path}: lm_head.weight differs from wte.weight, but config.json says they are tied")
     return found
-
-
-def check_finite(path: Path, tensors: dict[str, torch.Tensor], exit_code: int = 2):
-    """Raise UserError naming a tensor that holds NaN or an infinite value. FP8 has no test for that."""
-    for name, tensor in tensors.items():
-        if tensor.dtype.itemsize > 1 and not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} holds values that are not finite", exit_code)
 
 
 def load_model(
@@ -218,7 +200,7 @@ def open_model(name: str, meta: dict, dtype: torch.dtype, options: dict, seed: i
     ]
     if differ:
         raise UserError(f"{path} does not have the expected model options: {'; '.join(differ)}")
-    check_finite(path, dict(model.named_parameters()))
+    storage.check_finite(path, dict(model.named_parameters()))
     return model, {} if fresh else origin(path)
 
 
@@ -233,7 +215,7 @@ def save(path, model, tokenizer: str, eot: int, optimizer=None, files: dict | No
         for part, value in optimizer.state[parameter].items():
             value = hf_layout(key, value) if isinstance(model, GPT) else value
             tensors["optimizer"][f"{key}|{part}"] = value
-    check_finite(path, tensors["model"] | tensors["optimizer"], exit_code=1)
+    storage.check_finite(path, tensors["model"] | tensors["optimizer"], exit_code=1)
     with storage.publish(path) as directory:
         for stem, values in tensors.items():
             if values:
@@ -243,84 +225,6 @@ def save(path, model, tokenizer: str, eot: int, optimizer=None, files: dict | No
             storage.copy_tokenizer(Path(data_dir).expanduser(), directory)
         for name, content in ({"config.json": config} | (files or {})).items():
             storage.write_json(directory / name, content)
-
-
-# ---- resume
-
-
-def read_state(path: Path) -> dict:
-    """The trainer_state.json of a checkpoint that a run can resume from. Raises UserError."""
-    if not (path / "trainer_state.json").is_file():
-        raise UserError(f"{path} has weights but no training state; start from it with --init_from={path}")
-    return storage.read_json(path / "trainer_state.json")
-
-
-def load_optimizer(path: Path, model: GPT, optimizer: torch.optim.Optimizer):
-    """Put the optimizer state of a directory into place. Raises UserError unless it is this model's."""
-    stored = storage.read_tensors(path, "optimizer")
-    parts = "exp_avg", "exp_avg_sq", "step"
-    names = {f"{key}|{part}" for key, _ in model.named_parameters() for part in parts}
-    if wrong := names ^ stored.keys():
-        raise UserError(f"{path}: optimizer state missing or left over: {', '.join(sorted(wrong)[:5])}")
-    for key, parameter in model.named_parameters():
-        for part in parts:
-            tensor = stored[f"{key}|{part}"].to(parameter.device)
-            tensor = hf_layout(key, tensor) if isinstance(model, GPT) else tensor
-            # contiguous like the weights: fused AdamW walks both memories in step
-            optimizer.state[parameter][part] = tensor.clone(memory_format=torch.contiguous_format)
-
-
-def to_resume(run_dir: Path, resume: bool | str) -> Path | None:
-    """The checkpoint that a run resumes from, None for a fresh start. `resume` is True, False or "auto".
-
-    Raises UserError where a fresh start would overwrite a run, or where there is nothing to resume. Drops
-    later log lines and damaged later checkpoints, since the run writes them again.
-    """
-    found = storage.steps(run_dir)
-    if found and not resume:
-        raise UserError(f"{run_dir} holds checkpoints; add --resume to continue it, or change out_dir")
-    newest = storage.latest(run_dir)
-    if newest is None and (found or resume is True):
-        remedy = "change out_dir" if found else "leave out --resume, or use --resume=auto"
-        raise UserError(f"no usable checkpoint in {run_dir} ({len(found)} damaged); {remedy}")
-    log = run_dir / "metrics.jsonl"
-    if log.is_file() and newest is None:
-        log.replace(run_dir / "metrics-old.jsonl")  # its checkpoints were moved away, or never written
-    if log.is_file():
-        last = int(newest.name.removeprefix("step-"))
-        kept = [json.dumps(line) + "\n" for line in storage.read_log(log) if line["step"] <= last]
-        if "".join(kept) != log.read_text(encoding="utf-8", errors="replace"):
-            storage.replace_text(log, "".join(kept))
-    for path in found[found.index(newest) + 1 :] if newest else ():
-        aside = path.with_name(f"damaged-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-    return newest
-
-
-def resume(path: Path, model: GPT, optimizer, scaler, settings: dict, override: list[str]) -> dict:
-    """Load a checkpoint into a run with these settings. Returns its state. UserError if a setting differs."""
-    state = read_state(path)
-    then = state["settings"] | state.get("made_from", {})
-    changed = [key for key in settings if key not in override and then.get(key) != settings[key]]
-    if changed:
-        differences = "; ".join(f"{key}: {then.get(key)} then, {settings[key]} now" for key in changed)
-        raise UserError(
-            f"cannot resume {path}: {differences}; use the settings of then or a different out_dir, "
-            f"or, in train.py, allow the change with --override={','.join(filter(None, changed + override))}"
-        )
-    if state["step"] > settings["max_steps"]:
-        raise UserError(f"{path} is beyond max_steps {settings['max_steps']}; raise it or change out_dir")
-    if state["step"] == settings["max_steps"]:  # finished
-        return state
-    with torch.no_grad():
-        saved = load_model(path, next(model.parameters()).dtype)
-        for ours, theirs in zip(model.parameters(), saved.parameters(), strict=True):
-            ours.copy_(theirs)
-    load_optimizer(path, model, optimizer)
-    if state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
-    return state
 
 
 # ---- lineage

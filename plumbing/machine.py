@@ -1,7 +1,7 @@
-"""The machine under a run: its device, its arithmetic, its processes, its signals, and what to record of it.
+"""The machine under a run: its device, its arithmetic, its memory, and what to record of it.
 
     python -c "from plumbing import machine; print(machine.pick('auto', 'auto'))"
-    torchrun --standalone --nproc_per_node=2 train.py config/demo.toml --device=cpu --micro_batch=16
+    python train.py config/demo.toml --device=cpu --dtype=float32 --compile=False
 
 Each automatic choice comes with its reason, which train.py prints.
 """
@@ -12,17 +12,12 @@ import importlib.util
 import os
 import platform
 import shlex
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from plumbing.configurator import UserError
 
@@ -130,102 +125,19 @@ def send_all(batches, device: torch.device):
         yield [(t.pin_memory() if on_gpu else t).to(device, non_blocking=on_gpu) for t in batch]
 
 
-# ---- processes
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """(0, 1), or this process's place under torchrun, whose group it joins on the first call."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        with contextlib.suppress(OSError, AttributeError):  # Linux: stop when torchrun itself was killed
-            ctypes.CDLL(None).prctl(1, signal.SIGHUP)  # PR_SET_PDEATHSIG
-        # the timeout has to outlast what rank 0 does alone, such as the attention analysis of a large model
-        dist.init_process_group(timeout=timedelta(hours=2))  # gloo for CPU tensors, nccl for GPU tensors
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def distribute(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """The model, in DDP if there are several processes: then backward averages the gradients over them."""
-    if rank_and_world_size()[1] == 1:
-        return model
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-
-
-def say(text: str):
-    """Print on rank 0, without breaking the progress bar. A full disk under a redirected log ends no run."""
-    if rank_and_world_size()[0] == 0:
-        with contextlib.suppress(OSError):
-            tqdm.write(text)
-
-
-@contextlib.contextmanager
-def process_group():
-    """Leave the process group at the end, together with the others if nothing failed."""
-    try:
-        yield
-        if dist.is_initialized():
-            dist.barrier()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def on_rank_0(function, *arguments):
-    """function(*arguments), called by rank 0 alone. Its result, or its UserError, on every rank."""
-    rank, world_size = rank_and_world_size()
-    result = [None]
-    if rank == 0:
-        try:
-            result = [function(*arguments)]
-        except UserError as error:
-            result = [error]
-        except OSError as error:
-            result = [UserError(f"{error.filename or 'a file'}: {error.strerror or error}", exit_code=1)]
-    if world_size > 1:
-        dist.broadcast_object_list(result)
-    if isinstance(result[0], UserError):
-        raise result[0]
-    return result[0]
-
-
-# ---- guard and signals
+# ---- the guard
 
 
 def check_finite(optimizer, scaler, kept: list[Path]):
     """Wait for the device. Raises UserError, exit code 1, if updates were skipped: a non-finite gradient."""
     if scaler.get_scale() < 1 if scaler.is_enabled() else optimizer.found_inf:  # float16 tries smaller scales
-        made = int(next(iter(optimizer.state.values()))["step"])  # does not count skipped updates
+        counted = (state["step"] for state in optimizer.state.values() if "step" in state)  # Muon has none
+        made = int(next(counted))  # does not count skipped updates
         raise UserError(
             f"step {made}: non-finite gradient norm, so no update was made since; "
             f"last good checkpoint: {kept[-1] if kept else 'none'}; lower lr or warm up longer",
             exit_code=1,
         )
-
-
-stop_signal = 0  # the first signal that asked this process to stop
-
-
-def watch_signals():
-    """From now on a first signal is noted, to save and stop. A second ends the process at once."""
-    watched = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # Slurm: USR1
-
-    def note(number, _):
-        global stop_signal
-        stop_signal = number
-        for each in watched:
-            if each != signal.SIGHUP:  # which comes once for each thread of a killed torchrun
-                signal.signal(each, signal.SIG_DFL)
-
-    for each in watched:
-        signal.signal(each, note)
-
-
-def stop_requested() -> int:
-    """The signal that asks the run to stop, or 0. All processes get the same answer."""
-    if rank_and_world_size()[1] == 1:
-        return stop_signal
-    flag = torch.tensor(stop_signal)  # on the CPU, so that no GPU has to be waited for
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return int(flag)
 
 
 # ---- what to record
@@ -243,5 +155,5 @@ def versions(device: torch.device) -> dict:
     return {
         "commit": commit or "unknown", "python": platform.python_version(), "torch": torch.__version__,
         "device": f"{device.type}: {torch.cuda.get_device_name(device) if is_gpu else cpu}",
-        "processes": rank_and_world_size()[1], "command": shlex.join(sys.argv),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)), "command": shlex.join(sys.argv),
     }

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from plumbing.configurator import UserError
 
+MASK_BUFFER = re.compile(r"\.attn\.(masked_)?bias$")  # the causal mask, which old GPT-2 files carry
 UMASK = os.umask(0o022)
 os.umask(UMASK)  # the only way to read it is to set it
 TOKENIZER_FILES = (  # what travels with the weights
@@ -120,6 +121,21 @@ def read_tensors(directory: Path, stem: str = "model") -> dict:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
     return found
+
+
+def gpt2_key(name: str) -> str | None:
+    """The key that GPT2LMHeadModel gives a stored tensor. None for a mask buffer, which is no parameter."""
+    name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)  # left by DDP and torch.compile in others' files
+    if MASK_BUFFER.search(name):
+        return None
+    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+
+
+def check_finite(path: Path, tensors: dict, exit_code: int = 2):
+    """Raise UserError naming a tensor that holds NaN or an infinite value. FP8 has no test for that."""
+    for name, tensor in tensors.items():
+        if tensor.dtype.itemsize > 1 and not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds values that are not finite", exit_code)
 
 
 def copy_tokenizer(source: Path, directory: Path):

@@ -28,7 +28,7 @@ from conftest import TINY, call_script
 
 import prepare_data
 import train
-from plumbing import machine, storage
+from plumbing import processes, storage
 from plumbing.configurator import UserError
 
 SETTINGS = TINY | {"save_interval": 2, "eval_interval": 50, "keep_checkpoints": 2, "dropout": 0.1, "max_steps": 100_000}
@@ -47,7 +47,7 @@ def uninterrupted(folder: Path, last_step: int) -> Path:
     rate = train.learning_rate
 
     def stop_after_last_step(config, step):
-        machine.stop_signal = signal.SIGTERM if step + 1 == last_step else 0
+        processes.stop_signal = signal.SIGTERM if step + 1 == last_step else 0
         return rate(config, step)
 
     train.learning_rate = stop_after_last_step

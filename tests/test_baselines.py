@@ -14,7 +14,7 @@ import baselines
 import inheritune
 import train
 from model import GPT
-from plumbing import checkpoint, storage
+from plumbing import checkpoint, resume, storage
 from plumbing.configurator import UserError
 
 SIZES = [(24, 16), (24, 12), (12, 6), (12, 7), (8, 4), (8, 8), (6, 5), (5, 3), (4, 2), (4, 1), (2, 1)]
@@ -228,7 +228,7 @@ def test_a_baseline_begins_with_the_tensors_of_its_definition(finished, run):
         else:
             origin = key if layer is None else key.replace(f".h.{layer}.", f".h.{old}.")
             assert torch.equal(tensor, theirs[origin]) and lineage["tensors"][key] == origin, key
-    first = checkpoint.read_state(storage.latest(finished / run))["made_from"]["init_from"]
+    first = resume.read_state(storage.latest(finished / run))["made_from"]["init_from"]
     assert first["layers"] == layers  # the run started from it
 
 
@@ -244,7 +244,7 @@ def test_the_grown_model_is_the_trained_one_with_the_reference_s_next_layers_on_
 def test_a_baseline_without_layers_begins_at_random(finished, run, layers):
     path = storage.latest(finished / run)
     assert checkpoint.read_config(path).n_layer == layers and not (finished / run / "init").exists()
-    assert checkpoint.read_state(path)["made_from"]["init_from"] == "scratch"
+    assert resume.read_state(path)["made_from"]["init_from"] == "scratch"
 
 
 def test_moments_are_inherited_where_a_baseline_says_so(finished):
@@ -252,15 +252,15 @@ def test_moments_are_inherited_where_a_baseline_says_so(finished):
     ours = load_file(finished / "inherited-with-moments-wsd-4/init/optimizer.safetensors")
     assert ours and all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
     assert not (finished / "inherited-wsd-4/init/optimizer.safetensors").exists()
-    settings = checkpoint.read_state(storage.latest(finished / "inherited-with-moments-wsd-4"))["settings"]
+    settings = resume.read_state(storage.latest(finished / "inherited-with-moments-wsd-4"))["settings"]
     assert settings["warmup_steps"] == 0 and settings["schedule"] == "wsd"
 
 
 def test_a_distilled_baseline_has_the_reference_as_its_teacher(finished):
     for run in ("distilled-random-4", "distilled-every-other-layer-4", "distilled-inherited-4"):
-        teacher = checkpoint.read_state(storage.latest(finished / run))["made_from"]["teacher"]
+        teacher = resume.read_state(storage.latest(finished / run))["made_from"]["teacher"]
         assert teacher["sha256"] == storage.hashes(storage.latest(finished / "reference")), run
-    assert checkpoint.read_state(storage.latest(finished / "random-4"))["made_from"]["teacher"] == "scratch"
+    assert resume.read_state(storage.latest(finished / "random-4"))["made_from"]["teacher"] == "scratch"
 
 
 def test_all_models_see_the_same_batches_for_their_number_of_steps(finished):

@@ -212,7 +212,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_left_alone(tmp_path):
     (tmp_path / "step-00000001" / "manifest.json").write_text("[]")
     for resume in (True, "auto"):
         with pytest.raises(UserError, match=r"no usable checkpoint .*1 damaged.*change out_dir"):
-            checkpoint.to_resume(tmp_path, resume)
+            resume.to_resume(tmp_path, resume)
     assert (tmp_path / "step-00000001" / "model.safetensors").exists()
 
 

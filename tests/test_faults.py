@@ -19,7 +19,7 @@ from test_train import distance, equal, losses, run
 
 import data
 import train
-from plumbing import checkpoint, configurator, machine, storage
+from plumbing import checkpoint, configurator, machine, processes, resume, storage
 from plumbing.configurator import UserError
 
 
@@ -242,7 +242,7 @@ def test_a_second_process_on_the_same_out_dir_is_refused_until_the_first_is_gone
         process.wait()
         settings = {"resume": "auto", "max_steps": 100_000}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(machine, "stop_signal", int(signal.SIGTERM))
+            patch.setattr(processes, "stop_signal", int(signal.SIGTERM))
             with pytest.raises(UserError, match="stopped by SIGTERM"):
                 run(data_dir, tmp_path / "run", **settings)
 
@@ -330,7 +330,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(tmp_path, monkey
     monkeypatch.setattr(storage, "sha256_of", failing)
     monkeypatch.setattr(sys, "argv", ["x"])
     with pytest.raises(SystemExit) as stop:
-        configurator.run(lambda: checkpoint.to_resume(tmp_path, True))
+        configurator.run(lambda: resume.to_resume(tmp_path, True))
     error = capsys.readouterr().err
     assert stop.value.code == 1 and error.count("\n") == 1 and "Input/output error" in error
     assert (tmp_path / "step-00000001").exists()

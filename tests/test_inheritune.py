@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import baselines
 import inheritune
 from baselines import Baseline
-from plumbing import checkpoint, storage
+from plumbing import checkpoint, resume, storage
 from plumbing.configurator import UserError
 
 RECIPE = TINY | {"n_layer": 4, "start_layers": 1, "expand_by": 1, "sequences": 3}
@@ -95,7 +95,7 @@ def test_each_round_starts_from_the_reference_s_first_layers(finished):
         ours = tensors(out_dir / f"inherited-{k}/init")
         kept = {key for key in reference if ".h." not in key or int(key.split(".")[2]) < k}
         assert ours.keys() == kept and all(torch.equal(ours[key], reference[key]) for key in kept)
-        state = checkpoint.read_state(storage.latest(out_dir / f"inherited-{k}"))
+        state = resume.read_state(storage.latest(out_dir / f"inherited-{k}"))
         assert state["made_from"]["init_from"]["layers"] == list(range(k)) and state["tokens"] == 20 * 256
 
 
@@ -141,7 +141,7 @@ def test_a_wsd_reference_is_inherited_before_its_decay_with_its_moments(tmp_path
     for stem in ("model", "optimizer"):
         ours, theirs = (load_file(path / f"{stem}.safetensors") for path in (init, stable))
         assert ours and all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
-    settings = checkpoint.read_state(storage.latest(tmp_path / "out/inherited-1"))["settings"]
+    settings = resume.read_state(storage.latest(tmp_path / "out/inherited-1"))["settings"]
     assert settings["warmup_steps"] == 0  # it continues at the rate of its source
     models = storage.read_json(tmp_path / "out/recipe.json")["models"]
     assert models[1]["sources"] == ["reference/step-00000003"]
@@ -166,7 +166,7 @@ def test_every_seed_has_its_own_reference_order_and_models(tmp_path, data_dir, m
         assert all(torch.equal(init[key], reference[key]) for key in init)
         for run in ("reference", "inherited-1", "random-1"):
             assert (
-                checkpoint.read_state(tmp_path / f"out/seed-{seed}/{run}/step-00000002")["settings"]["seed"]
+                resume.read_state(tmp_path / f"out/seed-{seed}/{run}/step-00000002")["settings"]["seed"]
                 == seed
             )
     first, second = (tensors(tmp_path / f"out/seed-{seed}/random-1/step-00000002") for seed in (1, 2))

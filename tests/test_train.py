@@ -17,7 +17,7 @@ from conftest import ROOT, TINY, call_script, options, read_metrics, run_script
 from safetensors.torch import load_file
 
 import train
-from plumbing import checkpoint, storage
+from plumbing import checkpoint, resume, storage
 from plumbing.configurator import UserError
 
 
@@ -81,7 +81,7 @@ def test_ten_and_ten_resumed_steps_equal_twenty_straight_ones_bit_for_bit(straig
 @pytest.mark.parametrize("lost", ["exp_avg", "exp_avg_sq", "step"])
 def test_a_resume_that_forgets_a_part_of_the_optimizer_would_be_seen(straight, data_dir, tmp_path, monkeypatch, lost):
     """Negative control of the test above."""
-    load = checkpoint.load_optimizer
+    load = resume.load_optimizer
 
     def forget(path, model, optimizer):
         load(path, model, optimizer)
@@ -145,11 +145,11 @@ def test_any_number_of_stops_at_any_step_changes_no_bit(straight, data_dir, tmp_
     for stop in (*stops, 20):
         steps = []
         monkeypatch.setattr(train.data, "train_starts", lambda *a, seen=steps: seen.append(a[3]) or train_starts(*a))
-        monkeypatch.setattr(train.machine, "stop_signal", 0)
+        monkeypatch.setattr(train.processes, "stop_signal", 0)
         rate = train.learning_rate
 
         def stopping(config, step, stop=stop, rate=rate):
-            train.machine.stop_signal = 15 if step + 1 == stop < 20 else 0
+            train.processes.stop_signal = 15 if step + 1 == stop < 20 else 0
             return rate(config, step)
 
         with monkeypatch.context() as patch, contextlib.suppress(UserError):

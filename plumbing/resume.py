@@ -1,0 +1,93 @@
+"""Resume a run: find its latest complete checkpoint, compare the settings, load weights and optimizer.
+
+    python train.py config/demo.toml --out_dir=out/mine --resume         # the latest checkpoint of out/mine
+    python train.py config/demo.toml --out_dir=out/mine --resume=auto    # if there is one
+
+A resumed run ends at the same bits as one that was never interrupted. Nothing but the step has to be restored
+besides the tensors: data.py computes the order of the data from the step.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from model import GPT
+from plumbing import checkpoint, storage
+from plumbing.configurator import UserError
+from plumbing.muon import state_names
+
+
+def read_state(path: Path) -> dict:
+    """The trainer_state.json of a checkpoint that a run can resume from. Raises UserError."""
+    if not (path / "trainer_state.json").is_file():
+        raise UserError(f"{path} has weights but no training state; start from it with --init_from={path}")
+    return storage.read_json(path / "trainer_state.json")
+
+
+def load_optimizer(path: Path, model: GPT, optimizer: torch.optim.Optimizer):
+    """Put the optimizer state of a directory into place. Raises UserError unless it is this model's."""
+    stored = storage.read_tensors(path, "optimizer")
+    names = {key: state_names(optimizer, parameter) for key, parameter in model.named_parameters()}
+    if wrong := {f"{key}|{part}" for key, parts in names.items() for part in parts} ^ stored.keys():
+        raise UserError(f"{path}: optimizer state missing or left over: {', '.join(sorted(wrong)[:5])}")
+    for key, parameter in model.named_parameters():
+        for part in names[key]:
+            tensor = stored[f"{key}|{part}"].to(parameter.device)
+            tensor = checkpoint.hf_layout(key, tensor) if isinstance(model, GPT) else tensor
+            # contiguous like the weights: fused AdamW walks both memories in step
+            optimizer.state[parameter][part] = tensor.clone(memory_format=torch.contiguous_format)
+
+
+def to_resume(run_dir: Path, resume: bool | str) -> Path | None:
+    """The checkpoint that a run resumes from, None for a fresh start. `resume` is True, False or "auto".
+
+    Raises UserError where a fresh start would overwrite a run, or where there is nothing to resume. Drops
+    later log lines and damaged later checkpoints, since the run writes them again.
+    """
+    found = storage.steps(run_dir)
+    if found and not resume:
+        raise UserError(f"{run_dir} holds checkpoints; add --resume to continue it, or change out_dir")
+    newest = storage.latest(run_dir)
+    if newest is None and (found or resume is True):
+        remedy = "change out_dir" if found else "leave out --resume, or use --resume=auto"
+        raise UserError(f"no usable checkpoint in {run_dir} ({len(found)} damaged); {remedy}")
+    log = run_dir / "metrics.jsonl"
+    if log.is_file() and newest is None:
+        log.replace(run_dir / "metrics-old.jsonl")  # its checkpoints were moved away, or never written
+    if log.is_file():
+        last = int(newest.name.removeprefix("step-"))
+        kept = [json.dumps(line) + "\n" for line in storage.read_log(log) if line["step"] <= last]
+        if "".join(kept) != log.read_text(encoding="utf-8", errors="replace"):
+            storage.replace_text(log, "".join(kept))
+    for path in found[found.index(newest) + 1 :] if newest else ():
+        aside = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    return newest
+
+
+def resume(path: Path, model: GPT, optimizer, scaler, settings: dict, override: list[str]) -> dict:
+    """Load a checkpoint into a run with these settings. Returns its state. UserError if a setting differs."""
+    state = read_state(path)
+    then = {"optimizer": "adamw"} | state["settings"] | state.get("made_from", {})  # older ones name none
+    changed = [key for key in settings if key not in override and then.get(key) != settings[key]]
+    if changed:
+        differences = "; ".join(f"{key}: {then.get(key)} then, {settings[key]} now" for key in changed)
+        raise UserError(
+            f"cannot resume {path}: {differences}; use the settings of then or a different out_dir, "
+            f"or, in train.py, allow the change with --override={','.join(filter(None, changed + override))}"
+        )
+    if state["step"] > settings["max_steps"]:
+        raise UserError(f"{path} is beyond max_steps {settings['max_steps']}; raise it or change out_dir")
+    if state["step"] == settings["max_steps"]:  # finished
+        return state
+    with torch.no_grad():
+        saved = checkpoint.load_model(path, next(model.parameters()).dtype)
+        for ours, theirs in zip(model.parameters(), saved.parameters(), strict=True):
+            ours.copy_(theirs)
+    load_optimizer(path, model, optimizer)
+    if state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    return state

@@ -103,6 +103,13 @@ class CausalSelfAttention(nn.Module):
         return self.attention_weights(q, k)
 
 
+def gelu(x):
+    """GPT-2's GELU, the tanh form: the exact one moves its logits by 1e-4."""
+    if torch.compiler.is_compiling():  # the same by exp, since 1 + tanh(z) = 2·sigmoid(2z): 8% of a step faster
+        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    return F.gelu(x, approximate="tanh")  # one kernel
+
+
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -111,8 +118,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        # GPT-2's GELU is the tanh form; the exact one moves its logits by 1e-4
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return self.dropout(self.c_proj(gelu(self.c_fc(x))))
 
 
 class Block(nn.Module):

@@ -91,8 +91,6 @@ class TrainConfig(ModelOptions):
         for key, (least, most) in limits.items():
             if not least <= (value := getattr(self, key)) <= most:
                 raise UserError(f"{key} is {value}, expected {least} to {most}")
-        if self.eval_only and self.init_from == "scratch":
-            raise UserError("eval_only: name the model to evaluate with --init_from")
 
 
 # ---- what a step is made of: schedule, loss, update
@@ -138,11 +136,11 @@ def training_loss(config: TrainConfig, parallel, teacher, autocast, x, y, is_las
 
 def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW | MuonAndAdamW:
     """AdamW (paper, appendix F), one kernel for all parameters; or Muon for the blocks' matrices (ours)."""
-    groups, betas = model.param_groups(config.weight_decay), (config.beta1, config.beta2)
+    how = {"lr": config.lr, "betas": (config.beta1, config.beta2)}
     if config.optimizer == "muon":
-        optimizer = MuonAndAdamW(model, config.lr, betas, config.weight_decay)
+        optimizer = MuonAndAdamW(model, config.weight_decay, **how)
     else:
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+        optimizer = torch.optim.AdamW(model.param_groups(config.weight_decay), fused=True, **how)
     optimizer.found_inf = torch.zeros((), device=next(model.parameters()).device)  # 1: no update
     return optimizer
 
@@ -212,8 +210,9 @@ def set_up(config: TrainConfig):
     options = {f.name: value for f in fields(GPTConfig) if (value := getattr(config, f.name)) is not None}
     model, lineage = checkpoint.open_model(config.init_from, meta, hardware.wide, options, config.seed)
     same = {key: getattr(model.config, key) for key in ("vocab_size", "block_size")}
-    open_teacher = functools.partial(checkpoint.open_model, config.teacher, meta, hardware.wide, same)
-    teacher, taught_by = open_teacher() if config.teacher else (None, {})
+    teacher, taught_by = None, {}
+    if config.teacher:
+        teacher, taught_by = checkpoint.open_model(config.teacher, meta, hardware.wide, same)
     model.gradient_checkpointing = config.gradient_checkpointing
     steps = 0 if config.eval_only else config.max_steps
     flops = steps * config.tokens_per_step * model.config.flops_per_token()
@@ -247,8 +246,7 @@ def loop(config: TrainConfig) -> Path:
     path = processes.on_rank_0(resume.to_resume, out_dir, config.resume)
     if path:
         fixed = {f.name: getattr(config, f.name) for f in fields(config) if not f.metadata.get("may_change")}
-        override = config.override.split(",")
-        state = resume.resume(path, model, optimizer, scaler, fixed | made_from, override)
+        state = resume.resume(path, model, optimizer, scaler, fixed | made_from, config.override.split(","))
         start_step, evaluated_at = state["step"], state["evaluated_at"]
         processes.say(f"resuming from {path}: step {start_step} of {config.max_steps}")
         if start_step == config.max_steps:
@@ -263,7 +261,7 @@ def loop(config: TrainConfig) -> Path:
     log = functools.partial(storage.append_json, out_dir / "metrics.jsonl") if rank == 0 else lambda _: None
     progress = tqdm(total=config.max_steps, initial=start_step, disable=None if rank == 0 else True)
     timed_from, t0 = start_step, time.perf_counter()
-    rate, loss, grad_norm = 0.0, None, None  # of the last update; loss and norm are on the device
+    rate = loss = grad_norm = None  # of the last update; loss and norm are on the device
     model.train()
     for step in itertools.count(start_step):
         stop, last = processes.stop_requested(), step == config.max_steps

@@ -16,7 +16,7 @@ import torch
 class MuonAndAdamW:
     """torch.optim.Muon and torch.optim.AdamW with one state, as train.py and GradScaler use an optimizer."""
 
-    def __init__(self, model, lr: float, betas: tuple[float, float], weight_decay: float):
+    def __init__(self, model, weight_decay: float, lr: float, betas: tuple[float, float]):
         inside = {p for name, p in model.named_parameters() if re.search(r"\.\d+\.", name) and p.ndim == 2}
         groups = model.param_groups(weight_decay)
         matrices = [p for p in groups[0]["params"] if p in inside]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from plumbing import checkpoint, storage
+from plumbing import checkpoint, resume, storage
 from plumbing.configurator import UserError
 
 
@@ -210,9 +210,9 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
 def test_a_run_whose_checkpoints_are_all_damaged_is_left_alone(tmp_path):
     checkpoint.save(tmp_path / "step-00000001", random_model(n_layer=1), "bytes", 0)
     (tmp_path / "step-00000001" / "manifest.json").write_text("[]")
-    for resume in (True, "auto"):
+    for how in (True, "auto"):
         with pytest.raises(UserError, match=r"no usable checkpoint .*1 damaged.*change out_dir"):
-            resume.to_resume(tmp_path, resume)
+            resume.to_resume(tmp_path, how)
     assert (tmp_path / "step-00000001" / "model.safetensors").exists()
 
 

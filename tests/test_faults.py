@@ -19,7 +19,7 @@ from test_train import distance, equal, losses, run
 
 import data
 import train
-from plumbing import checkpoint, configurator, machine, processes, resume, storage
+from plumbing import checkpoint, configurator, processes, resume, storage
 from plumbing.configurator import UserError
 
 
@@ -182,7 +182,7 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_to_the_same_bits(data_dir,
 
 
 def test_the_last_evaluation_is_finished_before_a_stop(data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "stop_requested", lambda: signal.SIGTERM if calls and calls[-1] == 20 else 0)
+    monkeypatch.setattr(processes, "stop_requested", lambda: signal.SIGTERM if calls and calls[-1] == 20 else 0)
     rate, calls = train.learning_rate, []
     monkeypatch.setattr(train, "learning_rate", lambda config, step: calls.append(step + 1) or rate(config, step))
     with pytest.raises(UserError, match="stopped by SIGTERM; saved .*step-00000020"):

@@ -8,7 +8,7 @@ from conftest import random_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, gelu
 from plumbing import checkpoint
 
 VARIANTS = [(bias, scale) for bias in (False, True) for scale in (False, True)]
@@ -224,3 +224,14 @@ def test_an_impossible_shape_is_refused_with_its_numbers(wrong):
 def test_a_sequence_longer_than_block_size_is_refused():
     with pytest.raises(ValueError, match="17 tokens is longer than block_size 16"):
         random_model()(tokens(T=17))
+
+
+def test_the_gelu_that_is_compiled_is_the_one_that_is_not(monkeypatch):
+    x = torch.linspace(-30, 30, 2001, dtype=torch.float64, requires_grad=True)
+    forms = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda on=compiling: on)
+        y = gelu(x)
+        forms.append((y, *torch.autograd.grad(y.sum(), x)))
+    for plain, compiled in zip(*forms, strict=True):
+        torch.testing.assert_close(plain, compiled, atol=1e-12, rtol=1e-10)

@@ -280,7 +280,7 @@ def test_a_bad_gradient_is_found_with_its_step_before_anything_is_logged_evaluat
 
 def test_a_stop_right_after_a_bad_gradient_saves_nothing(data_dir, tmp_path, monkeypatch):
     made = poisoned(monkeypatch, bad_step=3)
-    monkeypatch.setattr(train.machine, "stop_requested", lambda: 15 if len(made) == 5 else 0)
+    monkeypatch.setattr(train.processes, "stop_requested", lambda: 15 if len(made) == 5 else 0)
     with pytest.raises(UserError, match="step 3: non-finite"):
         run(data_dir, tmp_path / "run", log_interval=99)
     assert storage.steps(tmp_path / "run") == []

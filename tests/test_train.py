@@ -88,7 +88,7 @@ def test_a_resume_that_forgets_a_part_of_the_optimizer_would_be_seen(straight, d
         for moments in optimizer.state.values():
             moments[lost].zero_()
 
-    monkeypatch.setattr(checkpoint, "load_optimizer", forget)
+    monkeypatch.setattr(resume, "load_optimizer", forget)
     assert not equal(run(data_dir, stop_at_10(straight, tmp_path), dropout=0.1, resume=True), straight[1])
 
 

@@ -3,6 +3,7 @@
     python analyze_attention.py out/demo/reference --compare=out/demo/inherited-4 --data_dir=data/demo
     python analyze_attention.py gpt2 --data_dir=data/mine --tau=0.8,0.85,0.9,0.95 --groups=0:4,4:8,8:12
     python analyze_attention.py some/llama --data_dir=data/llama --heads=7.16    # any decoder of transformers
+    python analyze_attention.py out/demo/reference --data_dir=data/demo --ablate    # and each part's cost
 
 A is the causal attention matrix of a layer, head and sequence: T x T, each row sums to 1. It always has full
 rank, so only an approximate rank is informative, and that depends on T and tau. The control is an untrained
@@ -10,6 +11,7 @@ model of the same shape. To add a measure, add an entry to MEASURES. Suffixes: B
 """
 
 import csv
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +44,8 @@ class AnalyzeConfig:
     groups: str = ""  # layer ranges for AvgRank, such as 0:4,4:8,8:12; default: thirds of the depth
     heads: str = ""  # heads to draw (layer.head), such as 7.16,29.16; default: most and least collapsed
     control: bool = True  # measure an untrained model of the same shape too
+    ablate: bool = False  # the loss without each layer, its attention, each head too: heads x layers passes
+    cheap_below: float = 0.02  # with ablate: a layer that costs less, in nats per token, counts as cheap
     micro_batch: int = 10  # sequences at a time; affects memory only
     device: str = "auto"
     seed: int = 0  # of the random windows
@@ -211,10 +215,12 @@ def identity(config: AnalyzeConfig) -> dict:
         heads = [[int(i), int(h)] for i, h in (each.split(".") for each in config.heads.split(",") if each)]
         # above 0.999 rounding decides
         valid = all(0 < tau <= 0.999 for tau in taus) and all(0 <= a < b for a, b in ranges)
+        valid = valid and 0 <= config.cheap_below < math.inf
         if not valid or min(config.seq_len - 1, config.sequences, config.micro_batch) < 1:
             raise ValueError
     except ValueError:
-        expected = "0 < tau <= 0.999, groups like 0:4,4:8, heads like 7.16, seq_len >= 2, other numbers >= 1"
+        expected = "0 < tau <= 0.999, groups like 0:4,4:8, heads like 7.16, seq_len >= 2, cheap_below >= 0, "
+        expected += "other numbers >= 1"
         raise UserError(f"found {config}; expected {expected}") from None
     paths = [storage.resolve(name) for name in (config.model, config.compare) if name]
     sha256, splits = [storage.hashes(path) for path in paths], data.read_meta(config.data_dir)["splits"]
@@ -224,6 +230,7 @@ def identity(config: AnalyzeConfig) -> dict:
     T = min(config.seq_len, *limits)
     found = {"sha256": sha256[0], "compared_sha256": sha256[1:], "control": config.control}
     found |= {"data": config.data_dir, "data_sha256": splits["val"]["sha256"], "seed": config.seed}
+    found["cheap_below"] = config.cheap_below if config.ablate else None  # None: no costs
     found |= {"T": T, "tau": taus, "wanted": config.sequences, "ranges": ranges, "drawn": heads}
     return found | {"measures": {m.key: m.label for m in measures_at(taus)}}
 
@@ -265,6 +272,11 @@ def analyze(config: AnalyzeConfig) -> dict:
         run = path.parent if path.name.startswith("step-") else Path(name).expanduser().resolve()
         about = {"name": role if role == "untrained" else run.name, "model": str(path), "n_layer": n}
         found[role] = about | {"sequences": len(idx)} | summarize(values, measures, groups)
+        found[role]["suggested_by_rank"] = suggested_layers(found[role])
+        if config.ablate and role != "untrained":
+            import ablation  # imported where it is used
+
+            ablation.add_costs(found[role], model, idx, config.micro_batch, config.cheap_below)
         if role == "model":
             drawn = pictures(model, idx[:1], values, result["drawn"])
         del model  # before the next one is loaded
@@ -276,7 +288,9 @@ def analyze(config: AnalyzeConfig) -> dict:
         out.mkdir(parents=True, exist_ok=True)
         rows = [{"model": each["name"]} | row for each in found.values() for row in each["layers"]]
         with open(out / "attention.csv", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([rows[0], *(row.values() for row in rows)])
+            table = csv.DictWriter(file, rows[0])  # the untrained model's costs stay empty
+            table.writeheader()
+            table.writerows(rows)
         storage.replace_json(out / "attention.json", result)  # before the figures, which can be drawn again
         figures.plot_attention(result, out / "attention.png")
         figures.plot_heads(drawn, result, out / "heads.png")
@@ -290,9 +304,11 @@ def print_table(result: dict):
     for model in filter(None, (result, result["compared"])):
         conditions = f"T = {result['T']}, tau = {result['tau'][0]}, {model['sequences']} sequences"
         print(f"{model['model']}: {conditions}; ± is the standard error over sequences")
-        print("layer", *(f"{label:^16s}" for label in result["measures"].values()), "near rank 1")
+        costs = {"cost": "cost", "attention_cost": "attention's cost"} if "ablation" in model else {}
+        print("layer", *(f"{label:^16s}" for label in (result["measures"] | costs).values()), "near rank 1")
         for row in model["layers"]:
             cells = [f"{row[key]:7.2f} ± {row[f'{key}_se']:<6.2f}" for key in result["measures"]]
+            cells += [f"{row[key]:7.4f} ± {row[f'{key}_se']:<6.4f}" for key in costs]
             lazy = "lazy, strictly" if row["strictly_lazy"] else "lazy" if row["lazy"] else ""
             print(f"{row['layer']:5d}", *cells, f"{row['near_rank_one']:11.0%} {lazy}".rstrip())
         lazy, strictly = (sum(row[key] for row in model["layers"]) for key in ("lazy", "strictly_lazy"))
@@ -301,6 +317,10 @@ def print_table(result: dict):
         print(f"layers before the lazy tail: {suggested_layers(model)}; without attention: {missing}")
         print("AvgRank:", ", ".join(f"layers {g['layers']} {g['avg_rank']:.2f}" for g in model["groups"]))
         print(f"heads near rank one (mean rank below 1.5): {model['near_rank_one']:.0%} of the model")
+        if costs:
+            import ablation
+
+            ablation.print_summary(model, result["cheap_below"])
 
 
 def main():

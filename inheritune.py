@@ -202,7 +202,7 @@ def recipe(config: RecipeConfig):
     k, previous_k = config.first_k, None
     if config.start_layers == "auto" and suggested_layers(attention) < n:
         k = suggested_layers(attention)
-        processes.say(f"the last {n - k} layers of the reference are lazy, so k = {k} of {n}")
+        processes.say(f"by rank, the last {n - k} layers of the reference are lazy, so k = {k} of {n}")
 
     # ---- Inheritune: inherit k layers, train, and expand until the target matches (paper, algorithm 1)
     while True:

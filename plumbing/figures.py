@@ -89,6 +89,19 @@ def draw_layers(axes, models: list[tuple[str, dict]], measures: dict[str, str]):
     axes[0].legend(frameon=False)
 
 
+def draw_costs(axis, model: dict, cheap: float):
+    """A point for each layer: its MaxRank and the loss that it costs to leave it out, ± 1 standard error."""
+    rank, cost, error = ([row[key] for row in model["layers"]] for key in ("max_rank", "cost", "cost_se"))
+    axis.errorbar(rank, cost, yerr=error, fmt="o", ms=4, color=COLORS[1])
+    for row in model["layers"]:
+        axis.annotate(row["layer"], (row["max_rank"], row["cost"]), (4, 3), textcoords="offset points")
+    axis.axhline(cheap, **DOTTED)
+    axis.set_yscale("symlog", linthresh=max(cheap, 1e-3))  # linear around zero: a cost may be below it
+    title = f"{model['name']}: cheap below the dotted line"
+    axis.set(xlabel="MaxRank", ylabel="cost of the layer, nats", title=title)
+    axis.set_ylim(2 * min(0, *np.subtract(cost, error)), 2 * max(cheap, 1e-3, *cost))
+
+
 def draw_map(axis, values, largest=None, **labels):
     """A colour for each of the values (rows, columns)."""
     axis.figure.colorbar(axis.imshow(values, aspect="auto", interpolation="nearest", vmax=largest), ax=axis)
@@ -97,14 +110,17 @@ def draw_map(axis, values, largest=None, **labels):
 
 
 def plot_attention(result: dict, path: Path):
-    """Every measure by layer of all models, and a map of the rank of each head but for the control."""
+    """Every measure by layer of all models; but for the control, each head's rank, and costs if measured."""
     maps, n = [model for model in (result, result["compared"]) if model], len(result["measures"])
+    costly = [model for model in maps if "ablation" in model]
     lines = [(model["name"], model) for model in maps]
     lines += [("untrained", result["untrained"])] if result["untrained"] else []
     largest = max(max(map(max, model["heads"]["rank"])) for model in maps)
-    with figure(path, n + len(maps), size=(4.4, 3.4), title=conditions(result)) as axes:
+    with figure(path, n + len(maps + costly), size=(4.4, 3.4), title=conditions(result)) as axes:
         draw_layers(axes[:n], lines, result["measures"])
-        for axis, model in zip(axes[n:], maps, strict=True):
+        for axis, model in zip(axes[n + len(maps) :], costly, strict=True):
+            draw_costs(axis, model, result["cheap_below"])
+        for axis, model in zip(axes[n:], maps, strict=False):
             ranks = np.full((max(map(len, model["heads"]["rank"])), model["n_layer"]), np.nan)  # (H, L)
             for row, of_heads in zip(model["layers"], model["heads"]["rank"], strict=True):
                 ranks[: len(of_heads), row["layer"]] = of_heads  # a layer without attention stays blank

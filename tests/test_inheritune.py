@@ -118,7 +118,7 @@ def test_the_first_round_may_start_before_the_lazy_tail(tmp_path, data_dir, monk
     changes = {"max_steps": 2, "start_layers": "auto", "tolerance": 9.0}
     assert call_script(inheritune, *recipe_options(tmp_path, data_dir, **changes)) == 0
     assert read_recipe(tmp_path / "out") == [("reference", 4), ("target", 3)]
-    assert "so k = 3 of 4" in capsys.readouterr().out
+    assert "by rank, the last 1 layers of the reference are lazy, so k = 3 of 4" in capsys.readouterr().out
 
 
 def test_the_default_is_half_of_the_reference_and_two_layers_more_each_round():

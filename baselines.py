@@ -53,6 +53,7 @@ def baselines(n: int, k: int) -> dict[str, Baseline]:
         "lazy layers": Baseline(layers=list(range(n - n // 2, n))),
         "random, half": Baseline(n_layer=n // 2),
         "last layers": Baseline(layers=last),
+        "first layers and the last": Baseline(layers=first[:-1] + [n - 1]),  # ours
         "middle layers": Baseline(layers=list(range((n - k) // 2, (n - k) // 2 + k))),
         "every other layer": Baseline(layers=every_other),
         "lazy layers in place": Baseline(layers=[None] * in_place + list(range(in_place, n))),
@@ -105,6 +106,7 @@ CLAIMS = [  # of the paper, then ours: text, the model that should be better, th
     ("Both parts transfer more than the MLP", "attention and MLP, no norms", "MLP and its norm"),
     ("Matching is more than training for longer (ours)", "target", "reference, trained on"),
     ("The first layers transfer more than the last (ours)", "target", "last layers"),
+    ("Keeping the last layer adds to inheriting (ours)", "first layers and the last", "target"),
     ("Distilling adds to inheriting (ours)", "distilled, inherited", "target"),
     ("Growing the trained target beats one round (ours)", "grown from the target", "target"),
     ("Inheriting before the decay beats the paper's schedule (ours)", "inherited, WSD", "target"),

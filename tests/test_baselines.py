@@ -38,6 +38,7 @@ def n_layer(model):
         ("first half", "0:12"),
         ("lazy layers", "12:24"),  # figure 3: the last half, not the last k
         ("last layers", "8:24"),
+        ("first layers and the last", "0:15,23"),
         ("middle layers", "4:20"),
         ("every other layer", "::2,18:22"),
         ("distilled, every other layer", "::2,18:22"),  # DistilBERT's (appendix D)
@@ -194,6 +195,7 @@ TAKEN = {
     "reference-trained-on-4": ("reference", [0, 1, 2, 3, 4, 5], ""),
     "lazy-layers-4": ("reference", [3, 4, 5], ""),
     "last-layers-4": ("reference", [2, 3, 4, 5], ""),
+    "first-layers-and-the-last-4": ("reference", [0, 1, 2, 5], ""),
     "every-other-layer-4": ("reference", [0, 2, 4, 3], ""),
     "lazy-layers-in-place-4": ("reference", [None, None, None, 3, 4, 5], ""),
     "stacking-4": ("half-of-the-target-4", [0, 1, 0, 1], ""),

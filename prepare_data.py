@@ -300,7 +300,7 @@ def write(config: PrepareConfig, out: Path, source, arguments: dict):
         "splits": {name: splits[name] for name in ("train", "val")},
         "arguments": arguments,
     }
-    storage.replace_json(out / "meta.json", meta)  # last: if it exists, the directory is complete
+    storage.write_json(out / "meta.json", meta)  # last: if it exists, the directory is complete
 
 
 def prepare(config: PrepareConfig, out: Path):

@@ -124,5 +124,5 @@ def write_files(encoding, directory: Path):
         "split_special_tokens": True,  # text cannot forge an end-of-text
     }
     none = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
-    storage.replace_json(directory / "tokenizer_config.json", tokenizer_config)
-    storage.replace_json(directory / "tokenizer.json", tokenizer_json | none)
+    storage.write_json(directory / "tokenizer_config.json", tokenizer_config)
+    storage.write_json(directory / "tokenizer.json", tokenizer_json | none)

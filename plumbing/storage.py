@@ -96,8 +96,10 @@ def tensor_files(directory: Path, stem: str = "model") -> list[Path]:
     """The safetensors files of a directory: one, or the shards that its index lists. UserError."""
     single = directory / f"{stem}.safetensors"
     index = directory / f"{stem}.safetensors.index.json"
-    if single.is_file() or not index.is_file():
+    if single.is_file():
         return [single]
+    if not index.is_file():
+        raise UserError(f"{single}: not found, and pickles such as *.bin are not loaded")
     return sorted({directory / name for name in read_json(index)["weight_map"].values()})
 
 
@@ -109,8 +111,7 @@ def read_tensors(directory: Path, stem: str = "model") -> dict:
             with safe_open(path, framework="pt") as file:
                 found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            problem = f"{path}: not a readable safetensors file ({error})"
-            raise UserError(f"{problem}; pickles such as *.bin are not loaded") from None
+            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
     return found
 
 

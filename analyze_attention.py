@@ -291,7 +291,7 @@ def analyze(config: AnalyzeConfig) -> dict:
             table = csv.DictWriter(file, rows[0])  # the untrained model's costs stay empty
             table.writeheader()
             table.writerows(rows)
-        storage.replace_json(out / "attention.json", result)  # before the figures, which can be drawn again
+        storage.write_json(out / "attention.json", result)  # before the figures, which can be drawn again
         figures.plot_attention(result, out / "attention.png")
         figures.plot_heads(drawn, result, out / "heads.png")
     except OSError as error:

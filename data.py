@@ -3,11 +3,11 @@
     python prepare_data.py python --out=data/python        # makes a data directory
     python prepare_data.py python --out=data/python        # verifies it if it is there
 
-A data directory holds train.bin and val.bin (little-endian uint16, or uint32 for a large vocabulary) and
-meta.json, which is written last: if it exists, the preparation was finished.
+A data directory holds train.bin and val.bin (little-endian uint16, or uint32 for a large
+vocabulary) and meta.json, which is written last: if it exists, the preparation was finished.
 
-The order of the training data is a pure function of (seed, step). Nothing is stored to resume it, a rank or a
-micro-batch only takes its slice of it, and all models of a comparison see the same tokens in the same order.
+The order of the training data is a pure function of (seed, step). Nothing is stored to resume it, a
+rank or a micro-batch only takes its slice of it, and all models of a comparison see the same.
 """
 
 import functools
@@ -23,33 +23,27 @@ FORMAT = 1
 
 
 def read_meta(data_dir: str | Path) -> dict:
-    """The meta.json of a data directory. Raises UserError unless the files have the sizes that it says."""
+    """The meta.json of a data directory. UserError unless the files have the sizes it says."""
     data_dir = Path(data_dir).expanduser()
+    file = data_dir / "meta.json"
+    meta = storage.read_json(file) if file.is_file() else {}
     remedy = f"prepare it with: python prepare_data.py SOURCE --out={data_dir}"
-    if not (data_dir / "meta.json").is_file():
-        raise UserError(f"{data_dir}: no meta.json: missing, or its preparation did not finish; {remedy}")
-    meta = storage.read_json(data_dir / "meta.json")
-    try:
-        sizes = {split: int(meta["splits"][split]["tokens"]) for split in ("train", "val")}
-        itemsize = {"<u2": 2, "<u4": 4}[meta["dtype"]]
-        smallest = min(meta["eot"], *(meta["splits"][split]["max_id"] for split in sizes))
-        if meta["format"] != FORMAT or smallest < 0:
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{data_dir}/meta.json is damaged or not of format {FORMAT}; {remedy}") from None
-    for split, tokens in sizes.items():
+    if meta.get("format") != FORMAT:
+        raise UserError(f"{data_dir}: no meta.json of format {FORMAT}, so not prepared; {remedy}")
+    for split, entry in meta["splits"].items():
         path = data_dir / f"{split}.bin"
         found = path.stat().st_size if path.is_file() else "no file"
-        if found != tokens * itemsize:
-            raise UserError(f"{path}: found {found}, expected {tokens * itemsize} bytes; {remedy}")
+        expected = entry["tokens"] * np.dtype(meta["dtype"]).itemsize
+        if found != expected:
+            raise UserError(f"{path}: found {found}, expected {expected} bytes; {remedy}")
     return meta | {"directory": str(data_dir)}
 
 
 def verify(data_dir: str | Path) -> dict:
-    """read_meta, and the sha256 of each file compared: seconds for ten gigabytes. Raises UserError."""
+    """read_meta, and the sha256 of each file: seconds for ten gigabytes. Raises UserError."""
     meta = read_meta(data_dir)
     for split, sha256 in fingerprint(meta).items():
-        path = Path(data_dir).expanduser() / f"{split}.bin"
+        path = Path(meta["directory"]) / f"{split}.bin"
         if storage.sha256_of(path) != sha256:
             raise UserError(f"{path}: sha256 mismatch; the file is damaged, prepare it again")
     return meta
@@ -61,13 +55,13 @@ def fingerprint(meta: dict) -> dict[str, str]:
 
 
 def open_tokens(data_dir: str | Path, split: str, block_size: int, vocab_size: float) -> np.ndarray:
-    """The token ids of "train" or "val", memory-mapped. Raises UserError if they do not fit the model."""
+    """The token ids of "train" or "val", memory-mapped. UserError if they do not fit the model."""
     meta = read_meta(data_dir)
-    path, entry = Path(data_dir).expanduser() / f"{split}.bin", meta["splits"][split]
+    path, entry = Path(meta["directory"]) / f"{split}.bin", meta["splits"][split]
     if entry["max_id"] >= vocab_size or entry["tokens"] < block_size + 1:
         raise UserError(
-            f"{path}: largest token id {entry['max_id']}, {entry['tokens']} tokens; expected ids below "
-            f"vocab_size {vocab_size} and at least {block_size + 1} tokens (block_size + 1)"
+            f"{path}: largest token id {entry['max_id']}, {entry['tokens']} tokens; expected ids "
+            f"below vocab_size {vocab_size} and at least {block_size + 1} tokens (block_size + 1)"
         )
     return np.memmap(path, dtype=meta["dtype"], mode="r")
 
@@ -82,7 +76,7 @@ def n_train_windows(n_tokens: int, block_size: int) -> int:
 
 @functools.lru_cache(maxsize=2)  # a batch may span two epochs
 def epoch_starts(n_tokens: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where the windows of one epoch start: cut from a random offset into windows of T, in random order."""
+    """Where the windows of one epoch start: every T from a random offset, in random order."""
     # RandomState, not default_rng: NumPy promises (NEP 19) that its stream never changes
     random = np.random.RandomState([seed, epoch])
     n_windows = n_train_windows(n_tokens, block_size)
@@ -90,20 +84,21 @@ def epoch_starts(n_tokens: int, block_size: int, seed: int, epoch: int) -> np.nd
     return offset + block_size * random.permutation(n_windows)
 
 
-def train_starts(n_tokens: int, block_size: int, seed: int, step: int, batch_size: int) -> np.ndarray:
-    """Where the batch_size windows of update `step` start: f(seed, step), each window once an epoch."""
+def train_starts(n_tokens: int, block_size: int, seed: int, step: int, batch_size: int):
+    """Where the batch_size windows of update `step` start: each window once an epoch."""
     n_windows = n_train_windows(n_tokens, block_size)
-    positions = range(step * batch_size, (step + 1) * batch_size)  # in the endless sequence of windows
+    positions = range(step * batch_size, (step + 1) * batch_size)  # in the sequence of all epochs
     starts = functools.partial(epoch_starts, n_tokens, block_size, seed)  # of an epoch
     return np.array([starts(p // n_windows)[p % n_windows] for p in positions])
 
 
 def accumulation(tokens_per_step: int, micro_batch: int, block_size: int, processes: int) -> int:
-    """How many micro-batches of each process make a step. Raises UserError if it is not a whole number."""
+    """How many micro-batches of each process make a step. UserError if it is no whole number."""
     micro_tokens = micro_batch * block_size * processes
     if tokens_per_step % micro_tokens:
-        fitting = [b for b in range(micro_batch, 0, -1) if not tokens_per_step % (b * block_size * processes)]
-        remedy = f"--micro_batch={fitting[0]} divides it" if fitting else "change tokens_per_step"
+        windows = tokens_per_step / block_size / processes  # of each process
+        fitting = [b for b in range(1, micro_batch) if windows % b == 0]
+        remedy = f"--micro_batch={fitting[-1]} divides it" if fitting else "change tokens_per_step"
         raise UserError(
             f"tokens_per_step {tokens_per_step} is not divisible by micro_batch {micro_batch} x "
             f"block_size {block_size} x {processes} process(es) = {micro_tokens}; {remedy}"
@@ -112,12 +107,13 @@ def accumulation(tokens_per_step: int, micro_batch: int, block_size: int, proces
 
 
 def step_batches(tokens: np.ndarray, config, step: int, rank: int, world_size: int):
-    """Yield one process's micro-batches (x, y), each (B, T), of a step, and seed the dropout of each."""
+    """Yield one process's micro-batches (x, y) of a step, each (B, T), and seed their dropout."""
     import torch
 
     T = config.block_size
     starts = train_starts(len(tokens), T, config.seed, step, config.tokens_per_step // T)
-    for micro_step, micro_starts in enumerate(starts.reshape(-1, world_size, config.micro_batch)[:, rank]):
+    of_rank = starts.reshape(-1, world_size, config.micro_batch)[:, rank]
+    for micro_step, micro_starts in enumerate(of_rank):
         if config.dropout:  # the same masks whenever this step is made again
             seeds = np.random.SeedSequence([config.seed, step, rank, micro_step])
             torch.manual_seed(int(seeds.generate_state(1)[0]))
@@ -128,7 +124,7 @@ def step_batches(tokens: np.ndarray, config, step: int, rank: int, world_size: i
 
 
 def val_starts(n_tokens: int, block_size: int) -> np.ndarray:
-    """Where the validation windows start: always all of them, in order. A tail shorter than T is left out."""
+    """Where the validation windows start: all of them, in order. A tail below T is left out."""
     return np.arange((n_tokens - 1) // block_size) * block_size
 
 
@@ -139,7 +135,7 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
 
 
 def windows(tokens: np.ndarray, starts: np.ndarray, block_size: int):
-    """Inputs and targets (the inputs shifted by one) of the windows at `starts`: two int64 tensors (B, T)."""
+    """Inputs and targets (the inputs shifted by one) of the windows at `starts`, each (B, T)."""
     import torch  # imported here: prepare_data.py starts in half the time without it
 
     window = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)  # (B, T + 1)

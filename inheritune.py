@@ -222,7 +222,7 @@ def recipe(config: RecipeConfig):
             return ""
         claims = [dict(zip(("text", "better", "worse"), claim, strict=True)) for claim in CLAIMS]
         content = {"models": compared, "tolerance": config.tolerance, "claims": claims, "paper": config.paper}
-        storage.replace_json(out_dir / "recipe.json", content)
+        storage.write_json(out_dir / "recipe.json", content)
         return report(out_dir)
 
     # ---- baselines, and the report. A first report is there before the baselines are trained

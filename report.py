@@ -284,7 +284,7 @@ Command: `python {made_by["command"]}`
 """
     tables = "\n\n".join(sections + beside)
     try:
-        storage.replace_text(out_dir / "report.md", text)
+        storage.write_text(out_dir / "report.md", text)
         figures.plot_losses(rows, out_dir / "loss.png")
         figures.plot_differences(rows, out_dir / "differences.png")
         figures.plot_ranks(attention, out_dir / "rank.png")

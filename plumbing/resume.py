@@ -60,7 +60,7 @@ def to_resume(run_dir: Path, resume: bool | str) -> Path | None:
         last = int(newest.name.removeprefix("step-"))
         kept = [json.dumps(line) + "\n" for line in storage.read_log(log) if line["step"] <= last]
         if "".join(kept) != log.read_text(encoding="utf-8", errors="replace"):
-            storage.replace_text(log, "".join(kept))
+            storage.write_text(log, "".join(kept))
     for path in found[found.index(newest) + 1 :] if newest else ():
         aside = path.with_name(f"damaged-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)

@@ -72,12 +72,6 @@ def test_sharded_files_load(saved):
     assert equal(checkpoint.load_model(path.parent / "shards"), model)
 
 
-def test_wrapper_prefixes_of_others_are_stripped(saved):
-    path, model = saved
-    change_tensors(path, lambda tensors: {f"_orig_mod.module.{k}": v for k, v in tensors.items()})
-    assert equal(checkpoint.load_model(path), model)
-
-
 @pytest.mark.parametrize(
     "change,words",
     [
@@ -152,7 +146,6 @@ def test_pickles_are_never_opened(saved):
     [
         ("config.json", "[]", "found a list, expected a JSON object"),
         ("config.json", '{"model_type": "gpt2", "n_layer": "x"}', "no n_head"),
-        ("model.safetensors.index.json", "{}", "not found"),
         ("model.safetensors.index.json", '{"weight_map": {"transformer.wte.weight": "gone"}}', "not a readable"),
     ],
 )
@@ -165,7 +158,7 @@ def test_a_foreign_directory_that_is_not_right_is_one_line(saved, file, content,
         checkpoint.load_model(path)
 
 
-@pytest.mark.parametrize("name,words", [("no/where/at/all", "is no checkpoint"), ("no-such-model", "from the hub"), ("tests/modle", "is no checkpoint")])
+@pytest.mark.parametrize("name,words", [("no/where/at/all", "is no checkpoint"), ("no-such-model", "is no checkpoint"), ("tests/modle", "is no checkpoint")])
 def test_a_name_that_is_nothing_is_one_line(name, words):
     with pytest.raises(UserError, match=words):
         storage.resolve(name)
@@ -271,7 +264,10 @@ def test_any_flipped_byte_and_any_truncation_is_seen_and_the_older_checkpoint_ta
 
 
 def test_only_the_leftovers_of_the_same_output_are_cleared_away(tmp_path):
-    for name in (".tmp-half-12-34", ".tmp-half-2-12-34"):  # the second is of an output "half-2", being written
+    for name in (".tmp-half", ".tmp-half-2"):  # the second is of an output "half-2", being written
         (tmp_path / name).mkdir()
+        (tmp_path / name / "old").touch()
     checkpoint.save(tmp_path / "half", random_model(n_layer=1), "bytes", 0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-half-2-12-34", "half"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-half-2", "half"]
+    storage.verify(tmp_path / "half")
+    assert not (tmp_path / "half/old").exists()

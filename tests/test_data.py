@@ -1,12 +1,10 @@
 """data.py and prepare_data.py: the order is frozen, damaged files are refused."""
 
-import json
 import os
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,18 +61,6 @@ def test_the_split_is_that_of_datasets_as_nanogpt_calls_it():
     assert theirs["test"]["i"] == ours["val"].tolist() and theirs["train"]["i"] == ours["train"].tolist()
 
 
-def test_the_embedded_corpus_needs_nothing_but_python(tmp_path):
-    done = run_script("prepare_data.py", "python", f"--out={tmp_path / 'python'}", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    meta = data.read_meta(tmp_path / "python")
-    assert meta["splits"]["train"]["tokens"] > 5_000_000 and meta["dtype"] == "<u2"
-    assert meta["splits"]["train"]["tokens"] == len(read(tmp_path / "python"))
-    described = run_script("data.py", tmp_path / "python")
-    assert f"{meta['splits']['val']['tokens']:,}" in described.stdout
-    first = bytes(read(tmp_path / "python")[:30].tolist()).decode()
-    assert repr(first)[:-1] in described.stdout  # as a person reads it
-
-
 # ---- token files
 
 
@@ -93,11 +79,6 @@ def damage(tmp_path, data_dir, change) -> object:
     return copy
 
 
-def set_meta(directory, **changes):
-    meta = json.loads((directory / "meta.json").read_text())
-    (directory / "meta.json").write_text(json.dumps(meta | changes))
-
-
 @pytest.mark.parametrize(
     "change,words",
     [
@@ -108,15 +89,9 @@ def set_meta(directory, **changes):
         (lambda d: (d / "train.bin").write_bytes((d / "train.bin").read_bytes() + b"ab"), "expected"),
         (
             lambda d: (d / "meta.json").write_text((d / "meta.json").read_text().replace('"format": 1', '"format": 9')),
-            "not of format 1",
+            "no meta.json of format 1",
         ),
         (lambda d: (d / "meta.json").write_text("[]"), "expected a JSON object"),
-        (lambda d: (d / "meta.json").write_text('{"format": 1, "splits": {}}'), "meta.json is damaged"),
-        (lambda d: (d / "meta.json").write_text('{"format": 1, "splits": []}'), "meta.json is damaged"),
-        (lambda d: set_meta(d, eot="256"), "meta.json is damaged"),
-        (lambda d: set_meta(d, dtype="<i2"), "meta.json is damaged"),  # every id beyond 32767 would be negative
-        (lambda d: set_meta(d, dtype="<f2"), "meta.json is damaged"),  # every id would be 0
-        (lambda d: set_meta(d, splits={"train": {"tokens": 1, "sha256": ""}, "val": {}}), "meta.json is damaged"),
         (lambda d: flip(d / "train.bin"), "train.bin: sha256 mismatch"),
         (lambda d: flip(d / "val.bin"), "val.bin: sha256 mismatch"),
     ],

@@ -72,7 +72,7 @@ def test_kills_at_any_moment_leave_a_run_that_ends_at_the_same_bits(data_dir, tm
     assert newest < 200
     assert equal(run(data_dir, tmp_path / "killed", resume="auto", **settings), expected)
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
-    assert not [*(tmp_path / "killed").glob(".tmp-*"), *(tmp_path / "killed").glob(".trash-*")]
+    assert not list((tmp_path / "killed").glob(".tmp-*"))
 
 
 def test_a_fault_at_every_file_operation_of_a_save_leaves_the_old_checkpoint_and_no_new_one(tmp_path, monkeypatch):
@@ -129,14 +129,14 @@ def test_files_reach_the_disk_before_the_manifest_and_the_manifest_before_the_na
     checkpoint.save(tmp_path / "step-00000001", random_model(n_layer=1), "bytes", 0)
     manifest = events.index(("write", "manifest.json"))
     files = {path.name for path in (tmp_path / "step-00000001").iterdir()} - {"manifest.json"}
-    assert {name for kind, name in events[:manifest] if kind == "fsync"} == files and len(files) == 2
-    partial = events[manifest + 2][1]
-    expected = [("fsync", "manifest.json"), ("fsync", partial), ("rename", "step-00000001"), ("fsync", tmp_path.name)]
-    assert events[manifest + 1 :] == expected and partial.startswith(f".tmp-step-00000001-{os.getpid()}-")
+    assert {name for kind, name in events[:manifest] if kind == "fsync"} >= files and len(files) == 2
+    partial = ".tmp-step-00000001"
+    expected = [("fsync", partial), ("rename", "step-00000001"), ("fsync", tmp_path.name)]
+    assert events[manifest + 1 :] == [("fsync", ".manifest.json.partial"), *expected]
 
 
 def test_only_our_own_leftovers_are_cleared_away(tmp_path):
-    ours = [".tmp-step-00000003-77-88", ".trash-step-00000001", ".tmp-init-5-6"]
+    ours = [".tmp-step-00000003", ".tmp-step-00000001-77-88"]  # the second is of an older version
     foreign = [".tmp-mine", ".trash-can", "notes", "step-3"]
     for name in ours + foreign:
         (tmp_path / name).mkdir()

@@ -68,12 +68,11 @@ def test_the_letters_of_the_bytes_are_those_of_tokenizers():
         assert words.pre_tokenize_str(text)[0][0] == expected
 
 
-def test_merges_are_recovered_from_ranks_as_they_were_learned(documents):
+def test_the_merges_hold_those_that_were_learned(documents, tmp_path):
     encoding, merges = small_encoding(documents)
-    assert len(merges) == 300
-    letters, ranks = tokenizers.byte_letters(), encoding._mergeable_ranks
-    pairs = [tokenizers.halves(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
-    assert [" ".join("".join(letters[byte] for byte in half) for half in pair) for pair in pairs] == merges
+    tokenizers.write_files(encoding, tmp_path)
+    written = storage.read_json(tmp_path / "tokenizer.json")["model"]["merges"]
+    assert len(merges) == 300 and set(merges) <= set(written)
 
 
 @settings(max_examples=300)

@@ -53,7 +53,7 @@ def baselines(n: int, k: int) -> dict[str, Baseline]:
         "lazy layers": Baseline(layers=list(range(n - n // 2, n))),
         "random, half": Baseline(n_layer=n // 2),
         "last layers": Baseline(layers=last),
-        "first layers and the last": Baseline(layers=first[:-1] + [n - 1]),  # ours
+        "first layers and the last": Baseline(layers=[*first[:-1], n - 1]),  # ours
         "middle layers": Baseline(layers=list(range((n - k) // 2, (n - k) // 2 + k))),
         "every other layer": Baseline(layers=every_other),
         "lazy layers in place": Baseline(layers=[None] * in_place + list(range(in_place, n))),

@@ -61,6 +61,7 @@ class PrepareConfig:
     max_tokens: int | None = None  # end train.bin with the last complete document within this
     repository: str | None = None  # hub: a different copy of the corpus, or a directory like one
     config_name: str | None = None  # hub: part of the repository; sample-10BT for fineweb-edu
+    site_packages: bool = False  # python: add the source of every installed package
     sample_by: Literal["document", "paragraph", "line"] = "document"  # what .txt and .md hold
     text_column: str = "text"  # column of a table, or key of a JSON object, that holds the text
     val_fraction: float | None = None  # of the documents; default 0.005, for the hub 0.0005
@@ -87,17 +88,23 @@ def split(n_documents: int, val_fraction: float, seed: int) -> dict[str, np.ndar
 # ---- sources: each gives items, read(item) -> the text of a document, and its origin
 
 
-def from_python(*_):
+def from_python(config: PrepareConfig, _):
     """The source of Python's library, without its tests."""
-    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    paths = Path(sysconfig.get_path("stdlib")).rglob("*.py")
-    found = sorted(path for path in paths if skip.isdisjoint(path.parts))
+    paths, skip = sysconfig.get_paths(), {"test", "tests", "idle_test"}
+    folders = [paths["stdlib"]] + [paths["purelib"], paths["platlib"]] * config.site_packages
+    skip |= set() if config.site_packages else {"site-packages", "dist-packages"}
+    files = {path for folder in folders for path in Path(folder).rglob("*.py")}
 
     def read(path: Path) -> str:
-        with tokenize.open(path) as file:  # decodes as Python would
-            return file.read()
+        try:
+            with tokenize.open(path) as file:  # decodes as Python would
+                return file.read()
+        except (SyntaxError, UnicodeDecodeError, OSError):  # some packages carry broken files
+            return ""
 
-    return found, read, {"source": f"Python {platform.python_version()} library"}
+    name = f"Python {platform.python_version()} library"
+    name += " and installed packages" * config.site_packages
+    return sorted(path for path in files if skip.isdisjoint(path.parts)), read, {"source": name}
 
 
 def load(column: str, path: str, name: str | None = None, num_proc: int = 1, **options):
@@ -108,8 +115,8 @@ def load(column: str, path: str, name: str | None = None, num_proc: int = 1, **o
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     how = {"num_proc": num_proc}
-    if os.path.isdir(path):  # which the cache knows by its name alone, whatever it holds
-        how |= {"download_mode": "reuse_cache_if_exists", "verification_mode": "no_checks"}
+    if os.path.isdir(path):  # the cache knows it by its name alone, so the copy is made anew
+        how |= {"download_mode": "force_redownload", "verification_mode": "no_checks"}
     try:
         builder = datasets.load_dataset_builder(path, name, **options)
         builder.download_and_prepare(**how)

@@ -16,7 +16,7 @@ from typing import Literal
 
 import data
 from analyze_attention import AnalyzeConfig, analyze, stored, suggested_layers
-from baselines import CLAIMS, PAPER, Baseline, baselines
+from baselines import PAPER, Baseline, baselines
 from inherit import inherit, lineage_of
 from model import GPTConfig
 from plumbing import checkpoint, configurator, processes, storage
@@ -56,17 +56,15 @@ class RecipeConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         if not (1 <= self.first_k <= self.n and self.expand_by >= 1):
-            raise UserError(
-                f"start_layers {self.first_k}, expand_by {self.expand_by}; expected 1 to {self.n}, at least 1"
-            )
+            found = f"start_layers {self.first_k}, expand_by {self.expand_by}"
+            raise UserError(f"{found}; expected 1 to {self.n}, at least 1")
         if self.inherit_from == "stable" and self.schedule != "wsd":
             raise UserError('inherit_from is stable, which needs a decay; set schedule to "wsd"')
         if self.init_from != "scratch" or self.eval_only or self.override or self.teacher:
-            raise UserError("init_from, eval_only, override and teacher are for train.py, not for the recipe")
+            raise UserError("init_from, eval_only, override and teacher are for train.py")
         unknown = self.n_layer not in (None, self.n) or self.moments or self.inherit_from != "last"
-        if len(set(self.seeds)) < len(self.seeds) or self.sequences < 1 or (self.reference and unknown):
-            expected = "different seeds, sequences >= 1; with a reference no n_layer, moments, inherit_from"
-            raise UserError(f"seeds {self.seeds}, sequences {self.sequences}; expected {expected}")
+        if self.reference and unknown:
+            raise UserError("with a reference no n_layer, moments, inherit_from")
 
 
 def round_target(config: RecipeConfig, k: int, previous_k: int | None) -> Baseline:
@@ -129,22 +127,23 @@ def check(config: RecipeConfig):
 
 
 class Models:
-    """The models of one seed: those trained so far, by name, with their directories and settings."""
+    """The models of one seed: those trained so far, by name, with their settings."""
 
     def __init__(self, config: RecipeConfig, seed: int):
         self.config, self.seed = config, seed
-        self.out_dir = Path(config.out_dir) / f"seed-{seed}" if config.seeds else Path(config.out_dir)
-        self.runs: dict[str, tuple[Path, TrainConfig]] = {}
+        self.out_dir = Path(config.out_dir) / (f"seed-{seed}" if config.seeds else "")
+        self.settings: dict[str, TrainConfig] = {}
 
     def find(self, name: str, stable: bool = False) -> Path:
         """The checkpoint to inherit from or to distill."""
-        run_dir, settings = self.runs[name]
-        return storage.resolve(run_dir / f"step-{stable_steps(settings):08d}" if stable else run_dir)
+        settings = self.settings[name]
+        step = f"step-{stable_steps(settings):08d}" if stable else ""
+        return storage.resolve(Path(settings.out_dir) / step)
 
     def make(self, name: str, model: Baseline, directory: str) -> tuple[Path, list[Path]]:
         """Inherit and train a model (Inheritune steps 1, 2), once. Its checkpoint and its sources."""
-        out_dir = self.out_dir / directory
-        settings, sources = train_config(self.config, model, self.seed, out_dir), []
+        out_dir, sources = self.out_dir / directory, []
+        settings = train_config(self.config, model, self.seed, out_dir)
         if model.layers:
             sources = [self.find(each, model.stable) for each in (model.source, model.top) if each]
             how = {"parts": model.parts, "moments": model.moments, "width": model.width}
@@ -152,14 +151,14 @@ class Models:
                 how |= {"top": sources[1], "top_layers": model.top_layers}
             on_rank_0(inherit_once, sources[0], model.layers, out_dir / "init", how, self.seed)
             settings = replace(settings, init_from=str(out_dir / "init"))
-        if name == "reference" and self.config.reference:  # evaluated, and kept like a run of no steps
-            settings = replace(settings, init_from=self.config.reference, n_layer=None, max_steps=0)
+        if name == "reference" and self.config.reference:  # evaluated, kept like a run of no steps
+            reference = self.config.reference
+            settings = replace(settings, init_from=reference, n_layer=None, max_steps=0)
         if model.teacher:
             sources.append(self.find(model.teacher))
             settings = replace(settings, teacher=str(sources[-1]))
-        path = train(settings)
-        self.runs[name] = out_dir, settings
-        return path, sources
+        self.settings[name] = settings
+        return train(settings), sources
 
 
 def inherit_once(source: Path, layers: list, out: Path, how: dict, seed: int):
@@ -188,23 +187,23 @@ def recipe(config: RecipeConfig):
     seeds = [Models(config, seed) for seed in config.seeds or [config.seed]]
     compared = []  # the models of recipe.json
 
-    def make(name: str, role: str, model: Baseline, directory: str, title: str = "") -> list[Path]:
+    def make(name: str, role: str, model: Baseline, directory: str, title: str) -> list[Path]:
         made = [each.make(name, model, directory) for each in seeds[: model.seeds]]
         paths = [path for path, _ in made]
-        sources = [str(path.relative_to(out_dir)) for path in made[0][1]]
         relative = [str(path.relative_to(out_dir)) for path in paths]
-        compared.append({"name": title or name, "role": role, "paths": relative, "sources": sources})
+        sources = [str(path.relative_to(out_dir)) for path in made[0][1]]
+        compared.append({"name": title, "role": role, "paths": relative, "sources": sources})
         return paths
 
     # ---- the reference, and how collapsed its attention is (paper, section 2)
-    references = make("reference", "reference", Baseline(n_layer=n), "reference")
+    references = make("reference", "reference", Baseline(n_layer=n), "reference", "reference")
     attention = on_rank_0(measure, config, references[0])
     k, previous_k = config.first_k, None
-    if config.start_layers == "auto" and suggested_layers(attention) < n:
-        k = suggested_layers(attention)
+    if config.start_layers == "auto" and suggested_layers(attention, "lazy") < n:
+        k = suggested_layers(attention, "lazy")
         processes.say(f"by rank, the last {n - k} layers of the reference are lazy, so k = {k} of {n}")
 
-    # ---- Inheritune: inherit k layers, train, and expand until the target matches (paper, algorithm 1)
+    # ---- Inheritune: inherit k layers, train, expand until the target matches (algorithm 1)
     while True:
         start = round_target(config, k, previous_k)
         targets = make("target", "round", start, f"inherited-{k}", f"inherited, {k} layers")
@@ -217,19 +216,13 @@ def recipe(config: RecipeConfig):
     compared[-1]["role"] = "target"
     on_rank_0(measure, config, targets[0])
 
-    def write_report(unless_there: bool) -> str:
-        if unless_there and (out_dir / "recipe.json").exists():
-            return ""
-        claims = [dict(zip(("text", "better", "worse"), claim, strict=True)) for claim in CLAIMS]
-        content = {"models": compared, "tolerance": config.tolerance, "claims": claims, "paper": config.paper}
-        storage.replace_json(out_dir / "recipe.json", content)
-        return report(out_dir)
-
-    # ---- baselines, and the report. A first report is there before the baselines are trained
-    on_rank_0(write_report, True)  # rank 0 looks: the file may be there already when another rank does
+    # ---- baselines, and the report
     for name, model in wanted(config.baselines, n, k).items():
-        make(name, "baseline", model, f"{'-'.join(name.replace(',', '').lower().split())}-{k}")
-    processes.say(on_rank_0(write_report, False))
+        directory = "-".join(name.replace(",", "").lower().split())
+        make(name, "baseline", model, f"{directory}-{k}", name)
+    content = {"models": compared, "tolerance": config.tolerance, "paper": config.paper}
+    on_rank_0(storage.replace_json, out_dir / "recipe.json", content)
+    processes.say(on_rank_0(report, out_dir))
 
 
 def main():

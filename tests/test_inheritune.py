@@ -114,7 +114,7 @@ def test_a_round_grows_the_trained_target_with_expand_from_target(tmp_path, data
 
 def test_the_first_round_may_start_before_the_lazy_tail(tmp_path, data_dir, monkeypatch, capsys, quick):
     """start_layers=auto. What the analysis says is set here."""
-    monkeypatch.setattr(inheritune, "suggested_layers", lambda _: 3)
+    monkeypatch.setattr(inheritune, "suggested_layers", lambda *_: 3)
     changes = {"max_steps": 2, "start_layers": "auto", "tolerance": 9.0}
     assert call_script(inheritune, *recipe_options(tmp_path, data_dir, **changes)) == 0
     assert read_recipe(tmp_path / "out") == [("reference", 4), ("target", 3)]

@@ -74,7 +74,7 @@ def losses(model: torch.nn.Module, idx: torch.Tensor, micro_batch: int) -> np.nd
     return torch.cat(found).numpy()
 
 
-def add_costs(result: dict, model: torch.nn.Module, idx: torch.Tensor, micro_batch: int, cheap: float):
+def add_costs(result: dict, model, idx: torch.Tensor, micro_batch: int, cheap_below: float):
     """Add the costs on idx (S, T) to a model's analysis: to its layers, heads and "ablation"."""
     rows, heads = result["layers"], result["heads"]
     blocks, projections = parts(model, [row["layer"] for row in rows])
@@ -90,10 +90,12 @@ def add_costs(result: dict, model: torch.nn.Module, idx: torch.Tensor, micro_bat
     bar = tqdm(rows, desc="ablation", disable=None, leave=False)
     for row, H in zip(bar, counts, strict=True):
         block, projection, notes = blocks[row["layer"]], projections[row["layer"]], []
-        row["cost"], row["cost_se"] = cost(block.register_forward_hook(pass_by, with_kwargs=True))
-        hook = partial(no_attention, notes, H)
-        row["attention_cost"], row["attention_cost_se"] = cost(projection.register_forward_hook(hook))
-        row["cheap"] = row["cost"] < cheap
+        found = {"cost": cost(block.register_forward_hook(pass_by, with_kwargs=True))}
+        hook = projection.register_forward_hook(partial(no_attention, notes, H))
+        found["attention_cost"] = cost(hook)
+        for name, (mean, error) in found.items():
+            row |= {name: mean, f"{name}_se": error}
+        row["cheap"] = row["cost"] < cheap_below
         hooks = [partial(silence, head, H) for head in range(H)]
         each = [cost(projection.register_forward_pre_hook(hook)) for hook in hooks]  # (H, 2)
         norms = torch.cat(notes).mean(0).numpy()  # (2, H)
@@ -145,4 +147,5 @@ def print_summary(model: dict, cheap_below: float):
     for name, (rho, p, n) in found["spearman"].items():
         print(f"  {name}: {rho:+.2f} (p = {p:.4f}, n = {n})")
     print(f"layers that cost less than {cheap_below:g} nats: {cheap}")
-    print(f"k suggested by cost: {model['suggested_by_cost']}; by rank: {model['suggested_by_rank']}")
+    by_cost, by_rank = model["suggested_by_cost"], model["suggested_by_rank"]
+    print(f"k suggested by cost: {by_cost}; by rank: {by_rank}")

@@ -40,7 +40,6 @@ class AnalyzeConfig:
     tau: str = "0.9"  # comma-separated; the main one is 0.9, else the largest; MaxRank is measured at each
     groups: str = ""  # layer ranges for AvgRank, such as 0:4,4:8,8:12; default: thirds of the depth
     heads: str = ""  # heads to draw (layer.head), such as 7.16,29.16; default: most and least collapsed
-    control: bool = True  # measure an untrained model of the same shape too
     ablate: bool = False  # the loss without each layer, its attention, each head too: heads x layers passes
     cheap_below: float = 0.02  # with ablate: a layer that costs less, in nats per token, counts as cheap
     micro_batch: int = 10  # sequences at a time; affects memory only
@@ -221,7 +220,7 @@ def identity(config: AnalyzeConfig) -> dict:
         "data_sha256": data.read_meta(config.data_dir)["splits"]["val"]["sha256"],
         "T": min(config.seq_len, *(checkpoint.read_config(path).block_size for path in paths)),
         "tau": taus, "ranges": groups, "drawn": heads,
-        "wanted": config.sequences, "seed": config.seed, "control": config.control,
+        "wanted": config.sequences, "seed": config.seed,
         "cheap_below": config.cheap_below if config.ablate else None,  # None: no costs
         "measures": {m.key: m.label for m in measures_at(taus)},
     }
@@ -254,27 +253,28 @@ def analyze(config: AnalyzeConfig) -> dict:
     idx = idx.to(pick_device(config.device))
     models = {"model": config.model, "untrained": config.model, "compared": config.compare}
     for role, name in models.items():
-        fresh = role == "untrained"
-        if not name or (fresh and not config.control):
+        if not name:
             continue
-        path = storage.resolve(name)
+        path, fresh = storage.resolve(name), role == "untrained"
         checkpoint.check_tokenizer(path, meta)
         torch.manual_seed(0)  # of the untrained one
         model = checkpoint.load_model(path, fresh=fresh).to(idx.device)
         values, n = measure(model, idx, measures, config.micro_batch), model.config.n_layer
         groups = result["ranges"] or [(n * i // 3, n * (i + 1) // 3) for i in range(3)]
         run = path.parent if path.name.startswith("step-") else Path(name)
-        found[role] = {"name": role if fresh else run.name, "model": str(path), "n_layer": n}
-        found[role] |= {"sequences": len(idx)} | summarize(values, measures, groups)
-        found[role]["suggested_by_rank"] = suggested_layers(found[role], "lazy")
+        about = {"name": role if fresh else run.name, "model": str(path), "n_layer": n}
+        about |= {"sequences": len(idx)} | summarize(values, measures, groups)
+        about["suggested_by_rank"] = suggested_layers(about, "lazy")
         if config.ablate and not fresh:
             import ablation  # imported where it is used
 
-            ablation.add_costs(found[role], model, idx, config.micro_batch, config.cheap_below)
-            found[role]["suggested_by_cost"] = suggested_layers(found[role], "cheap")
+            ablation.add_costs(about, model, idx, config.micro_batch, config.cheap_below)
+            about["suggested_by_cost"] = suggested_layers(about, "cheap")
         if role == "model":
             drawn = pictures(model, idx[:1], values, result["drawn"])
-    result |= found["model"] | {role: found.get(role) for role in ("untrained", "compared")}
+        found[role] = about
+    result |= found["model"]
+    result |= {role: found.get(role) for role in ("untrained", "compared")}
     print_table(result)
     from plumbing import figures  # imported where they are drawn
 

@@ -48,10 +48,7 @@ def val_losses(path: Path) -> np.ndarray:
 
 
 def seed_differences(paths: list[Path], others: list[Path]) -> np.ndarray:
-    """Loss of one model minus loss of another on every window (seeds, windows). Raises UserError.
-
-    Each seed's checkpoint is paired with the other model's of that seed.
-    """
+    """Loss of one model minus the other's, seed by seed (seeds, windows). Raises UserError."""
     pairs = zip(paths, others, strict=False)  # a baseline may have fewer seeds
     losses = [(val_losses(path), val_losses(other)) for path, other in pairs]
     if len({len(each) for pair in losses for each in pair}) > 1:
@@ -104,19 +101,17 @@ def spent(model: dict, recipe: dict, out_dir: Path) -> list[str]:
 @torch.no_grad()
 def latency(path: Path, reference: Path) -> float:
     """Time of a forward pass of one sequence, relative to the reference's. The two take turns."""
-    models = [checkpoint.load_model(each) for each in (path, reference)]
-    names = {"idx": torch.zeros(1, models[0].config.block_size, dtype=torch.long)}
-    threads = torch.get_num_threads()
-    timers = [Timer("model(idx)", globals=names | {"model": m}, num_threads=threads) for m in models]
+    timers, threads = [], torch.get_num_threads()
+    for model in map(checkpoint.load_model, (path, reference)):
+        idx = torch.zeros(1, model.config.block_size, dtype=torch.long)
+        names = {"model": model, "idx": idx}
+        timers.append(Timer("model(idx)", globals=names, num_threads=threads))
     times = np.array([[timer.timeit(1).mean for timer in timers] for _ in range(15)])
     return float(np.median(times[:, 0] / times[:, 1]))
 
 
 def rows_of(recipe: dict, out_dir: Path) -> list[dict]:
-    """A row of the comparison for each model of a recipe, the reference first.
-
-    Verifies every checkpoint. Raises UserError.
-    """
+    """A row for each model of a recipe, the reference first. Verifies every checkpoint. UserError."""
     references = [out_dir / path for path in recipe["models"][0]["paths"]]
     final, rows = curve(references)[1][-1], []
     for model in recipe["models"]:

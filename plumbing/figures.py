@@ -18,7 +18,7 @@ DOTTED = {"color": "#000000", "linewidth": 0.8, "linestyle": ":"}
 
 @contextlib.contextmanager
 def figure(path: Path, panels: int = 1, *, size: tuple[float, float], title: str = ""):
-    """The axes of a figure, three in a row, saved to `path` at its end. size: of a panel, inches."""
+    """The axes of a figure, saved to `path` at the end. size: of a panel, inches."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display
@@ -47,7 +47,8 @@ def plot_losses(rows: list[dict], path: Path):
             axis.plot(millions, row["curve"][1], "o" + STYLES[i % 4], c=color, label=label, ms=3)
         axis.axhline(rows[0]["loss"], **DOTTED)
         # the first losses of random weights would squeeze the part that matters
-        lowest, highest = min(row["loss"] for row in rows), max(row["curve"][1][:3][-1] for row in rows)
+        lowest = min(row["loss"] for row in rows)
+        highest = max(row["curve"][1][:3][-1] for row in rows)
         margin = 0.05 * (highest - lowest) + 1e-3
         axis.set_ylim(lowest - margin, highest + margin)
         axis.set(xlabel="tokens of its own training, millions", ylabel="loss, nats per token")
@@ -108,10 +109,10 @@ def draw_map(axis, values, norm=None, **labels):
 
 
 def plot_attention(result: dict, path: Path):
-    """Every measure by layer of all models, each head's rank, and costs where they were measured."""
+    """Every measure by layer of all models, each head's rank, and costs if they were measured."""
     models = [model for model in (result, result["compared"]) if model]
     costly, n = [model for model in models if "ablation" in model], len(result["measures"])
-    lines = [(model["name"], model) for model in (*models, result["untrained"]) if model]
+    lines = [(model["name"], model) for model in (*models, result["untrained"])]
     panels = n + len(models) + len(costly)
     with figure(path, panels, size=(4.4, 3.4), title=conditions(result)) as axes:
         draw_layers(axes[:n], lines, result["measures"])

@@ -247,7 +247,7 @@ def test_a_stored_analysis_without_these_costs_is_not_reused(path, data_dir, tmp
     settings = {"data_dir": str(data_dir), "out": str(tmp_path), "sequences": 2, "seq_len": 10, "device": "cpu"}
 
     def config(**changes):
-        return analyze_attention.AnalyzeConfig(str(path), control=False, **settings | changes)
+        return analyze_attention.AnalyzeConfig(str(path), **settings | changes)
 
     analyze_attention.analyze(config())
     assert analyze_attention.stored(config(cheap_below=0.5)) and not analyze_attention.stored(config(ablate=True))
@@ -259,7 +259,7 @@ def test_a_stored_analysis_without_these_costs_is_not_reused(path, data_dir, tmp
 @pytest.mark.parametrize("path", ["GPT"], indirect=True)
 def test_a_family_whose_parts_have_other_names_is_one_line(path, data_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ablation, "PROJECTIONS", (".unknown",))
-    options = [f"--data_dir={data_dir}", f"--out={tmp_path}", "--sequences=2", "--control=False", "--ablate"]
+    options = [f"--data_dir={data_dir}", f"--out={tmp_path}", "--sequences=2", "--ablate"]
     assert call_script(analyze_attention, path, *options) == 1
     error = capsys.readouterr().err
     assert "layers [0, 1, 2, 3]" in error and error.count("\n") == 1

@@ -1,7 +1,7 @@
 """Inheritune, the whole recipe: reference, analysis, rounds of inherit and train, baselines.
 
-    python inheritune.py config/demo.toml                                 # minutes on a laptop's CPU
-    python inheritune.py config/single_gpu.toml --reference=gpt2-medium   # begin with a trained model
+    python inheritune.py config/demo.toml                             # minutes on a laptop's CPU
+    python inheritune.py config/single_gpu.toml --reference=gpt2-medium  # begin with a trained model
     torchrun --standalone --nproc_per_node=4 inheritune.py config/demo.toml --micro_batch=8
 
 Rerun the same command to resume: complete stages are skipped. All models of one seed see the same
@@ -167,11 +167,11 @@ def inherit_once(source: Path, layers: list, out: Path, how: dict, seed: int):
         raise UserError(f"{out} was made with a different {', '.join(differ)}; remove {out.parent}")
 
 
-def measure(config: RecipeConfig, model: Path) -> dict:
-    """The attention analysis of a model, once for the same weights and settings."""
-    out = str(model.parent / "recipe_attention")  # where no analysis by hand overwrites it
+def measure(config: RecipeConfig, reference: Path, target: Path | None = None) -> dict:
+    """The attention analysis of the reference, and the target's beside it, once."""
+    out = (target or reference).parent / "recipe_attention"  # no analysis by hand overwrites it
     same = {key: getattr(config, key) for key in ("data_dir", "sequences", "device")}
-    settings = AnalyzeConfig(str(model), out=out, **same)
+    settings = AnalyzeConfig(str(reference), str(target or ""), out=str(out), **same)
     return stored(settings) or analyze(settings)
 
 
@@ -190,13 +190,13 @@ def recipe(config: RecipeConfig):
         compared.append({"name": title, "role": role, "paths": relative, "sources": sources})
         return paths
 
-    # ---- the reference, and how collapsed its attention is (paper, section 2)
+    # ---- the reference; auto: how many of its layers are not lazy (paper, section 2)
     references = make("reference", "reference", Baseline(n_layer=n), "reference", "reference")
-    attention = on_rank_0(measure, config, references[0])
     k, previous_k = config.first_k, None
-    if config.start_layers == "auto" and suggested_layers(attention, "lazy") < n:
-        k = suggested_layers(attention, "lazy")
-        processes.say(f"by rank, the reference's last {n - k} layers are lazy, so k = {k} of {n}")
+    if config.start_layers == "auto":
+        by_rank = suggested_layers(on_rank_0(measure, config, references[0]), "lazy")
+        k = by_rank if by_rank < n else k  # half, where no layer is lazy
+        processes.say(f"by rank, the reference's last {n - by_rank} layers are lazy: k = {k}")
 
     # ---- Inheritune: inherit k layers, train, expand until the target matches (algorithm 1)
     while True:
@@ -209,7 +209,7 @@ def recipe(config: RecipeConfig):
             break
         previous_k, k = k, min(k + config.expand_by, n)
     compared[-1]["role"] = "target"
-    on_rank_0(measure, config, targets[0])
+    on_rank_0(measure, config, references[0], targets[0])
 
     # ---- baselines, and the report
     for name, model in wanted(config.baselines, n, k).items():

@@ -111,7 +111,7 @@ def latency(path: Path, reference: Path) -> float:
 
 
 def rows_of(recipe: dict, out_dir: Path) -> list[dict]:
-    """A row for each model of a recipe, the reference first. Verifies every checkpoint. UserError."""
+    """A row for each model, the reference first. Verifies every checkpoint. Raises UserError."""
     references = [out_dir / path for path in recipe["models"][0]["paths"]]
     final, rows = curve(references)[1][-1], []
     for model in recipe["models"]:
@@ -192,17 +192,18 @@ def paper_table(rows: list[dict], key: str) -> str:
     return table(cells)
 
 
-def attention_table(results: dict[str, dict]) -> str:
+def attention_table(reference: dict) -> str:
     """Ranks and lazy layers of the reference, the target and an untrained model."""
-    columns = [result["layers"] for result in results.values()]
-    cells = [["", *results]]
-    for layer in range(results["reference"]["n_layer"]):
+    results = [reference, reference["compared"], reference["untrained"]]
+    columns = [result["layers"] for result in results]
+    cells = [["", "reference", "target", "untrained"]]
+    for layer in range(reference["n_layer"]):
         ranks = [[row["max_rank"] for row in rows if row["layer"] == layer] for rows in columns]
         cells.append([f"MaxRank, layer {layer}", *(f"{r[0]:.2f}" if r else "" for r in ranks)])
     lazy = {"lazy, floor(MaxRank) = 1": "lazy", "lazy, MaxRank = 1": "strictly_lazy"}
     for text, key in lazy.items():
         cells.append([text, *(str(sum(row[key] for row in rows)) for rows in columns)])
-    cells.append(["heads near rank one", *(f"{r['near_rank_one']:.0%}" for r in results.values())])
+    cells.append(["heads near rank one", *(f"{r['near_rank_one']:.0%}" for r in results)])
     return table(cells)
 
 
@@ -227,13 +228,8 @@ def report(out_dir: str | Path, animate: bool = False, paper: str = "") -> str:
         return report_run(out_dir, animate)
     recipe = storage.read_json(out_dir / "recipe.json")
     rows = rows_of(recipe, out_dir)
-    attention = {
-        row["role"]: storage.read_json(row["paths"][0].parent / "recipe_attention/attention.json")
-        for row in rows
-        if row["role"] in ("reference", "target")
-    }
-    first = attention["reference"]
-    attention["untrained"] = first["untrained"]
+    target = next(row["paths"][0] for row in rows if row["role"] == "target")
+    attention = storage.read_json(target.parent / "recipe_attention/attention.json")
     models = [list(rows[0]["cells"]), *(list(row["cells"].values()) for row in rows)]
     tables = [table(models), claims(rows), attention_table(attention)]
     paper = paper or recipe["paper"]
@@ -254,7 +250,7 @@ def report(out_dir: str | Path, animate: bool = False, paper: str = "") -> str:
 
 ## Attention
 
-{figures.conditions(first)}. MaxRank: paper, section 2.
+{figures.conditions(attention)}. MaxRank: paper, section 2.
 
 {tables[2]}
 
@@ -274,7 +270,7 @@ Command: `python {made_by["command"]}`
     storage.replace_text(out_dir / "report.md", text)
     figures.plot_losses(rows, out_dir / "loss.png")
     figures.plot_differences(rows, out_dir / "differences.png")
-    figures.plot_ranks(attention, out_dir / "rank.png")
+    figures.plot_attention(attention, out_dir / "rank.png")
     return "\n\n".join(["", *tables, beside, f"report: {out_dir}/report.md"])
 
 

@@ -127,14 +127,6 @@ def plot_attention(result: dict, path: Path):
             draw_costs(axis, model, result["cheap_below"])
 
 
-def plot_ranks(models: dict[str, dict], path: Path):
-    """Every measure by layer of the models by name, the reference first."""
-    first = next(iter(models.values()))
-    n = len(first["measures"])
-    with figure(path, n, size=(4.6, 3.2), title=conditions(first)) as axes:
-        draw_layers(axes, list(models.items()), first["measures"])
-
-
 def plot_heads(pictures: list[dict], result: dict, path: Path):
     """The attention matrices (T, T) of some heads on one sequence."""
     from matplotlib.colors import LogNorm

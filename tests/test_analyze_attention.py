@@ -381,7 +381,7 @@ def test_every_figure_of_the_report_is_drawn(gpt, corpus, tmp_path):
     figures.plot_losses(rows, tmp_path / "loss.png")
     figures.plot_differences(rows, tmp_path / "differences.png")  # one model has no interval
     result = analyze(config(gpt, corpus, tmp_path / "a", sequences=2))
-    figures.plot_ranks({"reference": result, "target": result}, tmp_path / "rank.png")
+    figures.plot_attention(result, tmp_path / "rank.png")
     lines = [
         track(checkpoint.load_model(gpt), np.fromfile(corpus / "val.bin", dtype="<u2")) | {"step": s}
         for s in (0, 10, 20)

@@ -1,15 +1,12 @@
 """What it costs to leave a part of a trained model out: a layer, a layer's attention, or one head.
 
     python analyze_attention.py out/demo/reference --data_dir=data/demo --ablate
-    python analyze_attention.py HuggingFaceTB/SmolLM2-135M --data_dir=data/smol --ablate --sequences=20
 
-A cost is the loss without the part minus the loss of the whole model, in nats per token, on the windows of
-the attention analysis. One part is left out at a time, and nothing is trained afterwards. The weights stay
-as they are: hooks change what a module reads or returns. So GPT and the decoders of transformers need the
-same code. Letters: S windows, B of them at a time, T tokens, H heads of a layer, hs head size.
+A cost is the loss without the part minus the loss of the whole model, in nats per token, on the
+windows of the attention analysis. Hooks change what a module reads or returns; the weights stay as
+they are. Letters: S windows, B of them at a time, T tokens, H heads of a layer, hs head size.
 """
 
-import contextlib
 from functools import partial
 
 import numpy as np
@@ -19,23 +16,23 @@ from tqdm import tqdm
 import data
 from plumbing.configurator import UserError
 
-PROJECTIONS = ("c_proj", "o_proj", "out_proj", "dense", "Wo")  # the last matrix of attention, by family
+PROJECTIONS = (".c_proj", ".o_proj", ".out_proj", ".dense", ".Wo")  # attention's last matrix
 PERMUTATIONS = 9999  # behind a p-value
 
 
-def parts(model: torch.nn.Module, with_attention) -> tuple[list, dict]:
-    """The blocks of all layers, and {layer: output projection of its attention}. Raises UserError."""
+def parts(model: torch.nn.Module, layers: list[int]) -> tuple[list, dict]:
+    """The blocks of all layers, and {layer: its attention's output projection}. UserError."""
     n = model.config.n_layer
-    lists = [list(m) for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n]
-    blocks, found = lists[0] if lists else [], {}  # the outermost list comes first
+    lists = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n)
+    blocks, projections = next(lists, []), {}  # the outermost list comes first
     for layer, block in enumerate(blocks):
-        attention = [m for m in block.modules() if "Attention" in type(m).__name__]
-        inside = [each for m in attention for each in m.named_modules()]
-        found[layer] = next((m for name, m in inside if name.split(".")[-1] in PROJECTIONS), None)
-    if missing := [layer for layer in with_attention if found.get(layer) is None]:
-        expected = f"expected a list of {n} blocks and a matrix named one of {', '.join(PROJECTIONS)}"
-        raise UserError(f"no part to leave out in layers {missing}; {expected}; run without --ablate", 1)
-    return blocks, found
+        for name, module in block.named_modules():
+            if "att" in name and name.endswith(PROJECTIONS):
+                projections[layer] = module
+    if missing := [layer for layer in layers if layer not in projections]:
+        expected = f"expected a list of {n} blocks and a matrix named {', '.join(PROJECTIONS)}"
+        raise UserError(f"nothing to leave out in layers {missing}; {expected}", 1)
+    return blocks, projections
 
 
 # ---- hooks, with the arguments that torch gives them
@@ -47,24 +44,23 @@ def pass_by(block, inputs, options, output):
     return (stream, *output[1:]) if isinstance(output, tuple) else stream
 
 
-def no_attention(projection, inputs, output):
-    """Attention adds nothing to the residual stream. The MLP stays."""
-    return torch.zeros_like(output)
-
-
 def silence(head: int, H: int, projection, inputs):
-    """The output projection reads zeros of one head. Its input (B, T, H·hs) holds the heads side by side."""
+    """The output projection reads zeros of one head. Its input: (B, T, H·hs)."""
     heads = inputs[0].unflatten(-1, (H, -1))  # (B, T, H, hs)
     return heads.index_fill(2, torch.tensor([head], device=heads.device), 0).flatten(2)
 
 
-def note_norms(notes: list, H: int, projection, inputs, output):
-    """Note the mean norm of what each head adds to the output, and that of its first value: (B, 2, H)."""
+def no_attention(notes: list, H: int, projection, inputs, output):
+    """Attention adds nothing to the residual stream. The MLP stays.
+
+    Notes the mean norm of what each head would add, and that of its first value: (B, 2, H).
+    """
     silenced = (projection.forward(silence(head, H, projection, inputs)) for head in range(H))
-    added = torch.stack([(output - each).norm(dim=-1).mean(-1) for each in silenced], -1)  # (B, H)
-    # position 0 attends only to itself, so what a head returns there is its value, or its group's
+    added = [(output - each).norm(dim=-1).mean(-1) for each in silenced]  # of each head (B,)
+    # position 0 attends only to itself, so what a head returns there is its value
     value = inputs[0][:, 0].unflatten(-1, (H, -1)).norm(dim=-1)  # (B, H)
-    notes.append(torch.stack([added, value], 1).cpu().double())
+    notes.append(torch.stack([torch.stack(added, -1), value], 1).cpu().double())
+    return torch.zeros_like(output)
 
 
 # ---- measuring
@@ -72,53 +68,48 @@ def note_norms(notes: list, H: int, projection, inputs, output):
 
 @torch.no_grad()
 def losses(model: torch.nn.Module, idx: torch.Tensor, micro_batch: int) -> np.ndarray:
-    """The loss of each window (S, T), the mean over its T - 1 next tokens: (S,), nats per token."""
-    each = [model(x[:, :-1], x[:, 1:], "none").cpu().double().mean(1) for x in idx.split(micro_batch)]
-    return torch.cat(each).numpy()
+    """The loss of each window (S, T), the mean over its next tokens: (S,), nats per token."""
+    batches = idx.split(micro_batch)
+    found = [model(x[:, :-1], x[:, 1:], "none").cpu().double().mean(1) for x in batches]
+    return torch.cat(found).numpy()
 
 
-def add_costs(result: dict, model: torch.nn.Module, idx: torch.Tensor, micro_batch: int, cheap_below: float):
-    """Add the costs on idx (S, T) to a model's analysis: to its layers, heads and "ablation". UserError.
-
-    A layer without attention has no row in the analysis, so its cost is in "ablation" alone.
-    """
-    heads, notes = result["heads"], {row["layer"]: [] for row in result["layers"]}
-    counts = dict(zip(notes, map(len, heads["rank"]), strict=True))  # H of each layer
-    blocks, projections = parts(model, counts)
-    with contextlib.ExitStack() as hooks:  # removes them at its end
-        for layer, H in counts.items():
-            note = partial(note_norms, notes[layer], H)
-            hooks.enter_context(projections[layer].register_forward_hook(note))
-        whole = losses(model, idx, micro_batch)
-    passes = len(blocks) + len(counts) + sum(counts.values())
-    bar = tqdm(total=passes, desc="ablation", disable=None, leave=False)
+def add_costs(result: dict, model, idx: torch.Tensor, micro_batch: int, cheap_below: float):
+    """Add the costs on idx (S, T) to a model's analysis: to its layers, heads and "ablation"."""
+    rows, heads = result["layers"], result["heads"]
+    blocks, projections = parts(model, [row["layer"] for row in rows])
+    whole = losses(model, idx, micro_batch)
 
     def cost(hook) -> tuple[float, float]:
         with hook:
-            bar.update()
             return data.mean_and_error(losses(model, idx, micro_batch) - whole)  # paired by window
 
-    layers = [cost(block.register_forward_hook(pass_by, with_kwargs=True)) for block in blocks]
     names = ("cost", "cost_se", "output_norm", "sink_value_norm")
     heads |= {name: [] for name in names}
-    for row, (layer, H) in zip(result["layers"], counts.items(), strict=True):
-        projection = projections[layer]
-        row["cost"], row["cost_se"] = layers[layer]
-        row["attention_cost"], row["attention_cost_se"] = cost(projection.register_forward_hook(no_attention))
-        silent = [partial(silence, head, H) for head in range(H)]
-        each = np.array([cost(projection.register_forward_pre_hook(hook)) for hook in silent])  # (H, 2)
-        norms = torch.cat(notes[layer]).mean(0).numpy()  # (2, H)
-        for name, values in zip(names, [*each.T, *norms], strict=True):
+    counts = [len(of_heads) for of_heads in heads["rank"]]
+    bar = tqdm(rows, desc="ablation", disable=None, leave=False)
+    for row, H in zip(bar, counts, strict=True):
+        block, projection, notes = blocks[row["layer"]], projections[row["layer"]], []
+        found = {"cost": cost(block.register_forward_hook(pass_by, with_kwargs=True))}
+        hook = projection.register_forward_hook(partial(no_attention, notes, H))
+        found["attention_cost"] = cost(hook)
+        for name, (mean, error) in found.items():
+            row |= {name: mean, f"{name}_se": error}
+        row["cheap"] = row["cost"] < cheap_below
+        hooks = [partial(silence, head, H) for head in range(H)]
+        each = [cost(projection.register_forward_pre_hook(hook)) for hook in hooks]  # (H, 2)
+        norms = torch.cat(notes).mean(0).numpy()  # (2, H)
+        for name, values in zip(names, [*np.transpose(each), *norms], strict=True):
             heads[name].append(values.tolist())
-    bar.close()
-    result["ablation"] = summarize(result, [mean for mean, _ in layers], whole, cheap_below)
+    loss, error = data.mean_and_error(whole)
+    result["ablation"] = {"loss": loss, "loss_se": error, "spearman": correlations(rows, heads)}
 
 
 # ---- does rank tell the cost?
 
 
 def ranks(values) -> np.ndarray:
-    """The place of each value (n,) in their order, from 1. Equal values share the mean of their places."""
+    """The place of each value (n,) in their order, from 1. Equal values share the mean."""
     _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (counts.cumsum() - (counts - 1) / 2)[which]
 
@@ -136,29 +127,25 @@ def spearman(x, y) -> tuple[float, float]:
     return float(a @ b / np.sqrt((a @ a) * (b @ b))), float((1 + as_large) / (1 + PERMUTATIONS))
 
 
-def summarize(result: dict, costs: list[float], whole: np.ndarray, cheap_below: float) -> dict:
-    """The loss of the whole model, the cheap layers, k by cost, and whether rank goes with cost."""
-    kept = [layer for layer, cost in enumerate(costs) if cost >= cheap_below]
-    found = dict(zip(("loss", "loss_se"), data.mean_and_error(whole), strict=True))
-    found |= {"layer_costs": costs, "cheap_layers": sorted(set(range(len(costs))) - set(kept))}
-    found["suggested_by_cost"] = kept[-1] + 1 if kept else 1  # without the cheap layers at the end
-    rows, heads = result["layers"], result["heads"]
+def correlations(rows: list[dict], heads: dict) -> dict[str, list]:
+    """Whether rank goes with cost: name -> rho, p-value, number of layers or heads."""
     rank = [row["max_rank"] for row in rows]
     pairs = {
         "MaxRank with the layer's cost": (rank, [row["cost"] for row in rows]),
         "MaxRank with its attention's cost": (rank, [row["attention_cost"] for row in rows]),
         "Rank with the head's cost": (np.concatenate(heads["rank"]), np.concatenate(heads["cost"])),
     }
-    return found | {"spearman": {name: [*spearman(*pair), len(pair[0])] for name, pair in pairs.items()}}
+    return {name: [*spearman(*pair), len(pair[0])] for name, pair in pairs.items()}
 
 
 def print_summary(model: dict, cheap_below: float):
     """What follows the table of a model that has costs."""
     found = model["ablation"]
-    cheap = ", ".join(map(str, found["cheap_layers"])) or "none"
+    cheap = ", ".join(str(row["layer"]) for row in model["layers"] if row["cheap"]) or "none"
     print(f"loss of the whole model: {found['loss']:.4f} ± {found['loss_se']:.4f} nats per token")
     print(f"Spearman correlation (p-value by {PERMUTATIONS} permutations):")
     for name, (rho, p, n) in found["spearman"].items():
         print(f"  {name}: {rho:+.2f} (p = {p:.4f}, n = {n})")
     print(f"layers that cost less than {cheap_below:g} nats: {cheap}")
-    print(f"k suggested by cost: {found['suggested_by_cost']}; by rank: {model['suggested_by_rank']}")
+    by_cost, by_rank = model["suggested_by_cost"], model["suggested_by_rank"]
+    print(f"k suggested by cost: {by_cost}; by rank: {by_rank}")

@@ -1,17 +1,14 @@
-"""Rank and column mass of a model's attention matrices, by layer and head (paper, section 2, appendix C).
+"""Rank and column mass of attention matrices, by layer and head (paper, section 2, appendix C).
 
     python analyze_attention.py out/demo/reference --compare=out/demo/inherited-4 --data_dir=data/demo
-    python analyze_attention.py gpt2 --data_dir=data/mine --tau=0.8,0.85,0.9,0.95 --groups=0:4,4:8,8:12
-    python analyze_attention.py some/llama --data_dir=data/llama --heads=7.16    # any decoder of transformers
-    python analyze_attention.py out/demo/reference --data_dir=data/demo --ablate    # and each part's cost
+    python analyze_attention.py some/llama --data_dir=data/llama --heads=7.16    # any decoder
+    python analyze_attention.py out/demo/reference --data_dir=data/demo --ablate    # costs too
 
-A is the causal attention matrix of a layer, head and sequence: T x T, each row sums to 1. It always has full
-rank, so only an approximate rank is informative, and that depends on T and tau. The control is an untrained
-model of the same shape. To add a measure, add an entry to MEASURES. Suffixes: B, S sequences, H heads.
+A is the causal attention matrix of a layer, head and sequence: T x T, each row sums to 1. The
+control is an untrained model of the same shape. Suffixes: B, S sequences, H heads.
 """
 
 import csv
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +40,6 @@ class AnalyzeConfig:
     tau: str = "0.9"  # comma-separated; the main one is 0.9, else the largest; MaxRank is measured at each
     groups: str = ""  # layer ranges for AvgRank, such as 0:4,4:8,8:12; default: thirds of the depth
     heads: str = ""  # heads to draw (layer.head), such as 7.16,29.16; default: most and least collapsed
-    control: bool = True  # measure an untrained model of the same shape too
     ablate: bool = False  # the loss without each layer, its attention, each head too: heads x layers passes
     cheap_below: float = 0.02  # with ablate: a layer that costs less, in nats per token, counts as cheap
     micro_batch: int = 10  # sequences at a time; affects memory only
@@ -101,10 +97,9 @@ def measures_at(taus: list[float]) -> list[Measure]:
 
 
 def over_heads(values_HS: np.ndarray, how: str) -> tuple[float, float]:
-    """A layer's number and its standard error: first the mean over sequences, then max or mean over heads.
+    """A layer's number and its standard error: the mean over sequences, then max or mean over heads.
 
-    Rank(h, l) is the mean over sequences, MaxRank(l) the largest Rank(h, l): paper, definition G.1. In the
-    other order the number is never smaller, and fewer layers are lazy.
+    Rank(h, l) is the mean over sequences, MaxRank(l) the largest Rank(h, l): definition G.1.
     """
     winner = values_HS[values_HS.mean(1).argmax()]  # (S,) of the head with the largest mean
     return data.mean_and_error(winner if how == "max" else values_HS.mean(0))
@@ -127,10 +122,10 @@ def summarize(values: dict[int, dict[str, np.ndarray]], measures: list[Measure],
     return {"layers": rows, "groups": averages, "near_rank_one": share, "heads": heads}
 
 
-def suggested_layers(result: dict) -> int:
-    """Layers left without the lazy ones at the end, at least 1. A layer without attention is not lazy."""
-    lazy = {row["layer"] for row in result["layers"] if row["lazy"]}
-    return max((layer + 1 for layer in range(result["n_layer"]) if layer not in lazy), default=1)
+def suggested_layers(result: dict, dropped: str) -> int:
+    """Layers left without the "lazy" or "cheap" ones at the end. One without attention stays."""
+    without = {row["layer"] for row in result["layers"] if row[dropped]}
+    return max((layer + 1 for layer in range(result["n_layer"]) if layer not in without), default=1)
 
 
 # ---- measuring
@@ -151,11 +146,10 @@ def visit_attention(model: torch.nn.Module, idx: torch.Tensor, visit):
     """
 
     def checked(layer: int, A: torch.Tensor):
-        if heads := (~A.sum((-2, -1)).isfinite()).any(0).nonzero().flatten().tolist():
-            raise UserError(f"layer {layer}, heads {heads}: attention is not finite; check the weights", 1)
-        if A.min() < 0 or A.triu(1).any() or (A.float().sum(-1) - 1).abs().max() > 1e-3:
-            expected = "entries >= 0, none above the diagonal, rows that sum to 1; it cannot be measured"
-            raise UserError(f"layer {layer}: found no causal attention matrix; expected {expected}", 1)
+        distribution = A.min() >= 0 and (A.float().sum(-1) - 1).abs().max() <= 1e-3  # NaN: False
+        if not distribution or A.triu(1).any():
+            expected = "finite weights, entries >= 0, none above the diagonal, rows that sum to 1"
+            raise UserError(f"layer {layer}: no causal attention matrix; expected {expected}", 1)
         visit(layer, A)
 
     if hasattr(model, "visit_attention"):  # a decoder of another family
@@ -208,31 +202,28 @@ def pictures(model: torch.nn.Module, idx: torch.Tensor, values: dict, heads: lis
 
 
 def identity(config: AnalyzeConfig) -> dict:
-    """All that the numbers depend on: an analysis is reused only if this is unchanged. Raises UserError."""
+    """All that the numbers depend on: an analysis is reused only if this is unchanged. UserError."""
     try:
-        taus = sorted({float(tau) for tau in config.tau.split(",")}, key=lambda tau: (tau != 0.9, -tau))
-        ranges = [[int(a), int(b)] for a, b in (each.split(":") for each in config.groups.split(",") if each)]
-        heads = [[int(i), int(h)] for i, h in (each.split(".") for each in config.heads.split(",") if each)]
-        # above 0.999 rounding decides
-        valid = all(0 < tau <= 0.999 for tau in taus) and all(0 <= a < b for a, b in ranges)
-        valid = valid and 0 <= config.cheap_below < math.inf
-        if not valid or min(config.seq_len - 1, config.sequences, config.micro_batch) < 1:
+        taus = sorted(map(float, config.tau.split(",")), key=lambda tau: (tau != 0.9, -tau))
+        pairs = [each.split(":") for each in config.groups.split(",") if each]
+        groups = [[int(first), int(end)] for first, end in pairs]
+        pairs = [each.split(".") for each in config.heads.split(",") if each]
+        heads = [[int(layer), int(head)] for layer, head in pairs]
+        if not all(0 < tau <= 0.999 for tau in taus):  # above, rounding decides
             raise ValueError
     except ValueError:
-        expected = "0 < tau <= 0.999, groups like 0:4,4:8, heads like 7.16, seq_len >= 2, cheap_below >= 0, "
-        expected += "other numbers >= 1"
+        expected = "0 < tau <= 0.999, groups like 0:4,4:8, heads like 7.16"
         raise UserError(f"found {config}; expected {expected}") from None
     paths = [storage.resolve(name) for name in (config.model, config.compare) if name]
-    sha256, splits = [storage.hashes(path) for path in paths], data.read_meta(config.data_dir)["splits"]
-    tables = [storage.read_json(path / "config.json") for path in paths]
-    tables = [table | table.get("text_config", {}) for table in tables]  # of a multimodal model
-    limits = [t.get("n_positions") or t.get("max_position_embeddings") or config.seq_len for t in tables]
-    T = min(config.seq_len, *limits)
-    found = {"sha256": sha256[0], "compared_sha256": sha256[1:], "control": config.control}
-    found |= {"data": config.data_dir, "data_sha256": splits["val"]["sha256"], "seed": config.seed}
-    found["cheap_below"] = config.cheap_below if config.ablate else None  # None: no costs
-    found |= {"T": T, "tau": taus, "wanted": config.sequences, "ranges": ranges, "drawn": heads}
-    return found | {"measures": {m.key: m.label for m in measures_at(taus)}}
+    return {
+        "sha256": [storage.hashes(path) for path in paths],
+        "data_sha256": data.read_meta(config.data_dir)["splits"]["val"]["sha256"],
+        "T": min(config.seq_len, *(checkpoint.read_config(path).block_size for path in paths)),
+        "tau": taus, "ranges": groups, "drawn": heads,
+        "wanted": config.sequences, "seed": config.seed,
+        "cheap_below": config.cheap_below if config.ablate else None,  # None: no costs
+        "measures": {m.key: m.label for m in measures_at(taus)},
+    }
 
 
 def out_dir(config: AnalyzeConfig) -> Path:
@@ -250,74 +241,76 @@ def stored(config: AnalyzeConfig) -> dict | None:
 
 
 def analyze(config: AnalyzeConfig) -> dict:
-    """Measure a model, print the table, write attention.csv, .json and figures; returns the JSON's content.
+    """Measure a model, print the table, write attention.csv, .json and figures. Raises UserError.
 
-    Raises UserError; exit code 1 where the disk refuses, after the table was printed.
+    Returns what is in attention.json.
     """
-    result, out, device, found = identity(config), out_dir(config), pick_device(config.device), {}
-    measures = measures_at(result["tau"])
-    models = {"model": config.model, "untrained": config.control and config.model, "compared": config.compare}
-    for role, name in ((role, name) for role, name in models.items() if name):
-        path, meta = storage.resolve(name), data.read_meta(config.data_dir)
+    result, out, found = identity(config), out_dir(config), {}
+    measures, meta = measures_at(result["tau"]), data.read_meta(config.data_dir)
+    text = data.open_tokens(config.data_dir, "val", result["T"], meta["vocab_size"])
+    begin = meta.get("begin", [])  # [bos] of a model that was trained with one
+    idx = random_windows(text, result["T"], config.sequences, config.seed, begin)
+    idx = idx.to(pick_device(config.device))
+    models = {"model": config.model, "untrained": config.model, "compared": config.compare}
+    for role, name in models.items():
+        if not name:
+            continue
+        path, fresh = storage.resolve(name), role == "untrained"
+        checkpoint.check_tokenizer(path, meta)
         torch.manual_seed(0)  # of the untrained one
-        model = checkpoint.load_model(path, fresh=role == "untrained").to(device)
-        if role != "untrained":  # which reads what the trained model reads
-            checkpoint.check_tokenizer(path, meta)
-            text = data.open_tokens(config.data_dir, "val", result["T"], model.config.vocab_size)
-            begin = meta.get("begin", [])  # [bos] of a model that was trained with one
-            idx = random_windows(text, result["T"], config.sequences, config.seed, begin).to(device)
-        values = measure(model, idx, measures, config.micro_batch)
-        n = model.config.n_layer
+        model = checkpoint.load_model(path, fresh=fresh).to(idx.device)
+        values, n = measure(model, idx, measures, config.micro_batch), model.config.n_layer
         groups = result["ranges"] or [(n * i // 3, n * (i + 1) // 3) for i in range(3)]
-        run = path.parent if path.name.startswith("step-") else Path(name).expanduser().resolve()
-        about = {"name": role if role == "untrained" else run.name, "model": str(path), "n_layer": n}
-        found[role] = about | {"sequences": len(idx)} | summarize(values, measures, groups)
-        found[role]["suggested_by_rank"] = suggested_layers(found[role])
-        if config.ablate and role != "untrained":
+        run = path.parent if path.name.startswith("step-") else Path(name)
+        about = {"name": role if fresh else run.name, "model": str(path), "n_layer": n}
+        about |= {"sequences": len(idx)} | summarize(values, measures, groups)
+        about["suggested_by_rank"] = suggested_layers(about, "lazy")
+        if config.ablate and not fresh:
             import ablation  # imported where it is used
 
-            ablation.add_costs(found[role], model, idx, config.micro_batch, config.cheap_below)
+            ablation.add_costs(about, model, idx, config.micro_batch, config.cheap_below)
+            about["suggested_by_cost"] = suggested_layers(about, "cheap")
         if role == "model":
             drawn = pictures(model, idx[:1], values, result["drawn"])
-        del model  # before the next one is loaded
-    result |= found["model"] | {role: found.get(role) for role in ("untrained", "compared")}
+        found[role] = about
+    result |= found["model"]
+    result |= {role: found.get(role) for role in ("untrained", "compared")}
     print_table(result)
     from plumbing import figures  # imported where they are drawn
 
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        rows = [{"model": each["name"]} | row for each in found.values() for row in each["layers"]]
-        with open(out / "attention.csv", "w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, rows[0])  # the untrained model's costs stay empty
-            table.writeheader()
-            table.writerows(rows)
-        storage.write_json(out / "attention.json", result)  # before the figures, which can be drawn again
-        figures.plot_attention(result, out / "attention.png")
-        figures.plot_heads(drawn, result, out / "heads.png")
-    except OSError as error:
-        raise UserError(f"{out}: {error.strerror or error}; free space or change --out", 1) from None
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [{"model": each["name"]} | row for each in found.values() for row in each["layers"]]
+    with open(out / "attention.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, rows[0])  # the untrained model's costs stay empty
+        table.writeheader()
+        table.writerows(rows)
+    storage.write_json(out / "attention.json", result)  # before the figures: all is in it
+    figures.plot_attention(result, out / "attention.png")
+    figures.plot_heads(drawn, result, out / "heads.png")
     return result
 
 
 def print_table(result: dict):
-    """A line for each layer, then lazy layers, groups and heads; then the same of the compared model."""
+    """A line for each layer, then lazy layers, groups and heads; then the compared model's."""
     for model in filter(None, (result, result["compared"])):
         conditions = f"T = {result['T']}, tau = {result['tau'][0]}, {model['sequences']} sequences"
         print(f"{model['model']}: {conditions}; ± is the standard error over sequences")
-        costs = {"cost": "cost", "attention_cost": "attention's cost"} if "ablation" in model else {}
-        print("layer", *(f"{label:^16s}" for label in (result["measures"] | costs).values()), "near rank 1")
+        labels = dict(result["measures"])
+        if "ablation" in model:
+            labels |= {"cost": "cost", "attention_cost": "attention's cost"}
+        print("layer", *(f"{label:^17s}" for label in labels.values()), "near rank 1")
         for row in model["layers"]:
-            cells = [f"{row[key]:7.2f} ± {row[f'{key}_se']:<6.2f}" for key in result["measures"]]
-            cells += [f"{row[key]:7.4f} ± {row[f'{key}_se']:<6.4f}" for key in costs]
+            cells = [f"{row[key]:8.3f} ± {row[f'{key}_se']:<6.3f}" for key in labels]
             lazy = "lazy, strictly" if row["strictly_lazy"] else "lazy" if row["lazy"] else ""
             print(f"{row['layer']:5d}", *cells, f"{row['near_rank_one']:11.0%} {lazy}".rstrip())
-        lazy, strictly = (sum(row[key] for row in model["layers"]) for key in ("lazy", "strictly_lazy"))
-        missing = model["n_layer"] - len(model["layers"])
+        lazy, strictly = (sum(row[k] for row in model["layers"]) for k in ("lazy", "strictly_lazy"))
         print(f"lazy layers: {lazy} by floor(MaxRank) = 1, {strictly} strictly (MaxRank = 1)")
-        print(f"layers before the lazy tail: {suggested_layers(model)}; without attention: {missing}")
-        print("AvgRank:", ", ".join(f"layers {g['layers']} {g['avg_rank']:.2f}" for g in model["groups"]))
+        k, missing = suggested_layers(model, "lazy"), model["n_layer"] - len(model["layers"])
+        print(f"layers before the lazy tail: {k}; without attention: {missing}")
+        groups = [f"layers {each['layers']} {each['avg_rank']:.2f}" for each in model["groups"]]
+        print("AvgRank:", ", ".join(groups))
         print(f"heads near rank one (mean rank below 1.5): {model['near_rank_one']:.0%} of the model")
-        if costs:
+        if "ablation" in model:
             import ablation
 
             ablation.print_summary(model, result["cheap_below"])

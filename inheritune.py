@@ -1,12 +1,11 @@
-"""Inheritune, the whole recipe: reference, analysis, rounds of inherit and train, baselines, report.
+"""Inheritune, the whole recipe: reference, analysis, rounds of inherit and train, baselines.
 
-    python inheritune.py config/demo.toml                                    # five minutes on a laptop's CPU
-    python inheritune.py config/single_gpu.toml --reference=gpt2-medium      # a trained model to begin with
-    python inheritune.py config/demo.toml --out_dir=out/mine --max_steps=600   # any setting of train.py
+    python inheritune.py config/demo.toml                             # minutes on a laptop's CPU
+    python inheritune.py config/single_gpu.toml --reference=gpt2-medium  # begin with a trained model
     torchrun --standalone --nproc_per_node=4 inheritune.py config/demo.toml --micro_batch=8
 
-You can interrupt it at any time. Rerun the same command to resume: complete stages are skipped. All models of
-one seed see the same tokens in the same order, and all are evaluated on the same validation windows.
+Rerun the same command to resume: complete stages are skipped. All models of one seed see the same
+tokens in the same order, and all are evaluated on the same validation windows.
 """
 
 import functools
@@ -16,7 +15,7 @@ from typing import Literal
 
 import data
 from analyze_attention import AnalyzeConfig, analyze, stored, suggested_layers
-from baselines import CLAIMS, PAPER, Baseline, baselines
+from baselines import PAPER, Baseline, baselines
 from inherit import inherit, lineage_of
 from model import GPTConfig
 from plumbing import checkpoint, configurator, processes, storage
@@ -28,16 +27,14 @@ from train import TrainConfig, stable_steps, train
 
 @dataclass
 class RecipeConfig(TrainConfig):
-    """Run or resume the whole recipe into out_dir. The settings of train.py apply to every model."""
+    """Run or resume the recipe into out_dir. The settings of train.py apply to every model."""
 
     reference: str = ""  # a trained model (checkpoint, run or hub name); empty: train one first
-    start_layers: int | Literal["auto"] | None = None  # k at first; None: n/2; auto: up to the lazy tail
+    start_layers: int | Literal["auto"] | None = None  # k at first; None: n/2; auto: by rank
     expand_by: int = 2  # layers that each further round adds (paper, section 4)
-    expand_from: Literal["reference", "target", "fresh"] = "reference"  # start again; or add to the target
-    inherit_from: Literal["last", "stable"] = "last"  # stable: the reference before its "wsd" decay (ours)
-    moments: bool = False  # inherit AdamW's state with the weights (ours)
+    expand_from: Literal["reference", "target", "fresh"] = "reference"  # or add to the target
     tolerance: float = 0.0  # nats per token that the target's loss may be above the reference's
-    seeds: list[int] = field(default_factory=list)  # train everything with each of these; empty: with seed
+    seeds: list[int] = field(default_factory=list)  # train everything with each; empty: seed
     sequences: int = 100  # of the attention analysis
     baselines: list[str] = field(default_factory=list)  # names in baselines.py
     paper: str = ""  # results of the paper for the report to print beside (baselines.py:PAPER)
@@ -56,33 +53,27 @@ class RecipeConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         if not (1 <= self.first_k <= self.n and self.expand_by >= 1):
-            raise UserError(
-                f"start_layers {self.first_k}, expand_by {self.expand_by}; expected 1 to {self.n}, at least 1"
-            )
-        if self.inherit_from == "stable" and self.schedule != "wsd":
-            raise UserError('inherit_from is stable, which needs a decay; set schedule to "wsd"')
+            found = f"start_layers {self.first_k}, expand_by {self.expand_by}"
+            raise UserError(f"{found}; expected 1 to {self.n}, at least 1")
         if self.init_from != "scratch" or self.eval_only or self.override or self.teacher:
-            raise UserError("init_from, eval_only, override and teacher are for train.py, not for the recipe")
-        unknown = self.n_layer not in (None, self.n) or self.moments or self.inherit_from != "last"
-        if len(set(self.seeds)) < len(self.seeds) or self.sequences < 1 or (self.reference and unknown):
-            expected = "different seeds, sequences >= 1; with a reference no n_layer, moments, inherit_from"
-            raise UserError(f"seeds {self.seeds}, sequences {self.sequences}; expected {expected}")
+            raise UserError("init_from, eval_only, override and teacher are for train.py")
+        if self.reference and self.n_layer not in (None, self.n):
+            raise UserError(f"n_layer is {self.n_layer}, but {self.reference} has {self.n} layers")
 
 
 def round_target(config: RecipeConfig, k: int, previous_k: int | None) -> Baseline:
-    """The growth rule: what the target of k layers begins with (Inheritune step 3: expand; algorithm 1)."""
-    stable = {"stable": config.inherit_from == "stable", "moments": config.moments}
-    if previous_k and config.expand_from == "target":  # add the reference's next layers
-        added = list(range(previous_k, k))
-        kept = list(range(previous_k))
-        return Baseline(layers=kept, source="target", top="reference", top_layers=added, **stable)
-    if previous_k and config.expand_from == "fresh":
-        return Baseline(layers=[*range(previous_k), *[None] * (k - previous_k)], source="target", **stable)
-    return Baseline(layers=list(range(k)), **stable)  # start again from the reference's first k layers
+    """The growth rule: what the target of k layers begins with (Inheritune step 3: expand)."""
+    if not previous_k or config.expand_from == "reference":  # its first k layers
+        return Baseline(layers=list(range(k)))
+    kept = list(range(previous_k))
+    if config.expand_from == "fresh":
+        return Baseline(layers=[*kept, *[None] * (k - previous_k)], source="target")
+    added = list(range(previous_k, k))  # the reference's next layers
+    return Baseline(layers=kept, source="target", top="reference", top_layers=added)
 
 
 def wanted(names: list[str], n: int, k: int) -> dict[str, Baseline]:
-    """The baselines of these names and those that they begin with, in an order that can be trained."""
+    """The baselines of these names and those that they begin with, in the order of training."""
     known, found = baselines(n, k), {}
     for name in names:
         configurator.check_key(name, known, "baselines")
@@ -107,11 +98,14 @@ def train_config(config: RecipeConfig, model: Baseline, seed: int, out_dir: Path
 
 
 def check(config: RecipeConfig):
-    """Check every model's settings, so that a mistake shows before the first step. Raises UserError."""
-    models = {"reference": Baseline(n_layer=config.n)} | wanted(config.baselines, config.n, config.first_k)
+    """Check every model's settings before the first step. Raises UserError."""
+    models = {"reference": Baseline(n_layer=config.n)}
+    models |= wanted(config.baselines, config.n, config.first_k)
     if config.paper:
         configurator.check_key(config.paper, PAPER, "paper")
-    base = checkpoint.read_config(storage.resolve(config.reference)) if config.reference else GPTConfig()
+    base, world_size = GPTConfig(), processes.rank_and_world_size()[1]
+    if config.reference:
+        base = checkpoint.read_config(storage.resolve(config.reference))
     for name, model in models.items():
         try:
             settings = train_config(config, model, config.seed, Path(config.out_dir))
@@ -121,30 +115,31 @@ def check(config: RecipeConfig):
             shape = replace(base, **options | {"n_layer": n_layer})
             other_family = type(base) is not GPTConfig and (model.parts or model.width < 1)
             if other_family or model.width * shape.n_head % 1:
-                raise ValueError("parts and width are for GPT-2, and a width needs a whole number of heads")
-            world_size = processes.rank_and_world_size()[1]
-            data.accumulation(settings.tokens_per_step, settings.micro_batch, shape.block_size, world_size)
+                raise ValueError("parts and width are for GPT-2, and a width needs whole heads")
+            tokens, micro_batch = settings.tokens_per_step, settings.micro_batch
+            data.accumulation(tokens, micro_batch, shape.block_size, world_size)
         except (ValueError, TypeError, UserError) as error:  # TypeError: no such setting
             raise UserError(f"{name}: {error}") from None
 
 
 class Models:
-    """The models of one seed: those trained so far, by name, with their directories and settings."""
+    """The models of one seed: those trained so far, by name, with their settings."""
 
     def __init__(self, config: RecipeConfig, seed: int):
         self.config, self.seed = config, seed
-        self.out_dir = Path(config.out_dir) / f"seed-{seed}" if config.seeds else Path(config.out_dir)
-        self.runs: dict[str, tuple[Path, TrainConfig]] = {}
+        self.out_dir = Path(config.out_dir) / (f"seed-{seed}" if config.seeds else "")
+        self.settings: dict[str, TrainConfig] = {}
 
     def find(self, name: str, stable: bool = False) -> Path:
         """The checkpoint to inherit from or to distill."""
-        run_dir, settings = self.runs[name]
-        return storage.resolve(run_dir / f"step-{stable_steps(settings):08d}" if stable else run_dir)
+        settings = self.settings[name]
+        step = f"step-{stable_steps(settings):08d}" if stable else ""
+        return storage.resolve(Path(settings.out_dir) / step)
 
     def make(self, name: str, model: Baseline, directory: str) -> tuple[Path, list[Path]]:
-        """Inherit and train a model (Inheritune steps 1, 2), once. Its checkpoint and its sources."""
-        out_dir = self.out_dir / directory
-        settings, sources = train_config(self.config, model, self.seed, out_dir), []
+        """Inherit and train (Inheritune steps 1, 2), once. The checkpoint and its sources."""
+        out_dir, sources = self.out_dir / directory, []
+        settings = train_config(self.config, model, self.seed, out_dir)
         if model.layers:
             sources = [self.find(each, model.stable) for each in (model.source, model.top) if each]
             how = {"parts": model.parts, "moments": model.moments, "width": model.width}
@@ -152,32 +147,31 @@ class Models:
                 how |= {"top": sources[1], "top_layers": model.top_layers}
             on_rank_0(inherit_once, sources[0], model.layers, out_dir / "init", how, self.seed)
             settings = replace(settings, init_from=str(out_dir / "init"))
-        if name == "reference" and self.config.reference:  # evaluated, and kept like a run of no steps
-            settings = replace(settings, init_from=self.config.reference, n_layer=None, max_steps=0)
+        if name == "reference" and self.config.reference:  # evaluated, kept like a run of no steps
+            reference = self.config.reference
+            settings = replace(settings, init_from=reference, n_layer=None, max_steps=0)
         if model.teacher:
             sources.append(self.find(model.teacher))
             settings = replace(settings, teacher=str(sources[-1]))
-        path = train(settings)
-        self.runs[name] = out_dir, settings
-        return path, sources
+        self.settings[name] = settings
+        return train(settings), sources
 
 
 def inherit_once(source: Path, layers: list, out: Path, how: dict, seed: int):
-    """Inherit into `out` unless that was done. UserError if it was done from different weights or layers."""
+    """Inherit into `out`, once. UserError if it was done from different weights or layers."""
     if not out.exists():
         inherit(source, layers, out, **how, seed=seed)
     asked, found = checkpoint.identity(lineage_of(source, layers, **how)), checkpoint.origin(out)
     differ = [key for key in asked if found.get(key) != asked[key]]
     if differ:
-        raise UserError(f"{out} was made with a different {', '.join(differ)}; remove {out.parent} and rerun")
+        raise UserError(f"{out} was made with a different {', '.join(differ)}; remove {out.parent}")
 
 
-def measure(config: RecipeConfig, model: Path) -> dict:
-    """The attention analysis of a model, unless it is already there for the same weights and settings."""
-    out = model.parent / "recipe_attention"  # where no analysis by hand overwrites it
-    settings = AnalyzeConfig(
-        str(model), out=str(out), data_dir=config.data_dir, sequences=config.sequences, device=config.device
-    )
+def measure(config: RecipeConfig, reference: Path, target: Path | None = None) -> dict:
+    """The attention analysis of the reference, and the target's beside it, once."""
+    out = (target or reference).parent / "recipe_attention"  # no analysis by hand overwrites it
+    same = {key: getattr(config, key) for key in ("data_dir", "sequences", "device")}
+    settings = AnalyzeConfig(str(reference), str(target or ""), out=str(out), **same)
     return stored(settings) or analyze(settings)
 
 
@@ -188,23 +182,23 @@ def recipe(config: RecipeConfig):
     seeds = [Models(config, seed) for seed in config.seeds or [config.seed]]
     compared = []  # the models of recipe.json
 
-    def make(name: str, role: str, model: Baseline, directory: str, title: str = "") -> list[Path]:
+    def make(name: str, role: str, model: Baseline, directory: str, title: str) -> list[Path]:
         made = [each.make(name, model, directory) for each in seeds[: model.seeds]]
         paths = [path for path, _ in made]
-        sources = [str(path.relative_to(out_dir)) for path in made[0][1]]
         relative = [str(path.relative_to(out_dir)) for path in paths]
-        compared.append({"name": title or name, "role": role, "paths": relative, "sources": sources})
+        sources = [str(path.relative_to(out_dir)) for path in made[0][1]]
+        compared.append({"name": title, "role": role, "paths": relative, "sources": sources})
         return paths
 
-    # ---- the reference, and how collapsed its attention is (paper, section 2)
-    references = make("reference", "reference", Baseline(n_layer=n), "reference")
-    attention = on_rank_0(measure, config, references[0])
+    # ---- the reference; auto: how many of its layers are not lazy (paper, section 2)
+    references = make("reference", "reference", Baseline(n_layer=n), "reference", "reference")
     k, previous_k = config.first_k, None
-    if config.start_layers == "auto" and suggested_layers(attention) < n:
-        k = suggested_layers(attention)
-        processes.say(f"by rank, the last {n - k} layers of the reference are lazy, so k = {k} of {n}")
+    if config.start_layers == "auto":
+        by_rank = suggested_layers(on_rank_0(measure, config, references[0]), "lazy")
+        k = by_rank if by_rank < n else k  # half, where no layer is lazy
+        processes.say(f"by rank, the reference's last {n - by_rank} layers are lazy: k = {k}")
 
-    # ---- Inheritune: inherit k layers, train, and expand until the target matches (paper, algorithm 1)
+    # ---- Inheritune: inherit k layers, train, expand until the target matches (algorithm 1)
     while True:
         start = round_target(config, k, previous_k)
         targets = make("target", "round", start, f"inherited-{k}", f"inherited, {k} layers")
@@ -215,21 +209,19 @@ def recipe(config: RecipeConfig):
             break
         previous_k, k = k, min(k + config.expand_by, n)
     compared[-1]["role"] = "target"
-    on_rank_0(measure, config, targets[0])
+    on_rank_0(measure, config, references[0], targets[0])
 
-    def write_report(unless_there: bool) -> str:
-        if unless_there and (out_dir / "recipe.json").exists():
-            return ""
-        claims = [dict(zip(("text", "better", "worse"), claim, strict=True)) for claim in CLAIMS]
-        content = {"models": compared, "tolerance": config.tolerance, "claims": claims, "paper": config.paper}
+    # ---- baselines, and the report. A first report is there before the baselines are trained
+    def write_report() -> str:
+        content = {"models": compared, "tolerance": config.tolerance, "paper": config.paper}
         storage.write_json(out_dir / "recipe.json", content)
         return report(out_dir)
 
-    # ---- baselines, and the report. A first report is there before the baselines are trained
-    on_rank_0(write_report, True)  # rank 0 looks: the file may be there already when another rank does
+    on_rank_0(write_report)
     for name, model in wanted(config.baselines, n, k).items():
-        make(name, "baseline", model, f"{'-'.join(name.replace(',', '').lower().split())}-{k}")
-    processes.say(on_rank_0(write_report, False))
+        directory = "-".join(name.replace(",", "").lower().split())
+        make(name, "baseline", model, f"{directory}-{k}", name)
+    processes.say(on_rank_0(write_report))
 
 
 def main():

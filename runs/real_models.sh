@@ -25,5 +25,5 @@ for model in smollm2 gemma3; do
     }
     analyze T100
     analyze T512 --seq_len=512 --sequences=20
-    analyze ablation --ablate --sequences=8 --control=False
+    analyze ablation --ablate --sequences=8
 done

@@ -104,7 +104,7 @@ def test_the_measures_equal_an_independent_script(family, gpt, corpus, documents
     path = gpt
     if family != "ours":
         path, corpus = save_with_corpus(tmp_path, family, documents, bos=family == "Gemma3Text")
-    result = analyze(config(path, corpus, tmp_path / "a", control=False))
+    result = analyze(config(path, corpus, tmp_path / "a"))
     val = np.fromfile(corpus / "val.bin", dtype="<u2")
     expected, n, ties = independent(path, val, family == "ours")
     assert (result["T"], result["tau"], result["sequences"]) == (100, [0.9], n)
@@ -170,7 +170,7 @@ def layers(*lazy, n_layer=None) -> dict:
     ],
 )
 def test_the_suggestion_drops_the_lazy_layers_at_the_end_and_never_unmeasured_ones(lazy, expected):
-    assert analyze_attention.suggested_layers(layers(*lazy)) == expected
+    assert analyze_attention.suggested_layers(layers(*lazy), "lazy") == expected
 
 
 def test_lazy_layers_are_counted_strictly_and_by_floor(capsys):
@@ -219,11 +219,11 @@ def test_a_new_measure_is_one_entry(gpt, corpus, tmp_path, capsys, monkeypatch):
 
 def test_several_tau_are_measured_in_one_pass(gpt, corpus, tmp_path):
     several = analyze(
-        config(gpt, corpus, tmp_path / "a", sequences=5, tau="0.8,0.85,0.9,0.95", control=False)
+        config(gpt, corpus, tmp_path / "a", sequences=5, tau="0.8,0.85,0.9,0.95")
     )
     assert several["tau"] == [0.9, 0.95, 0.85, 0.8]
     for tau in (0.8, 0.95):
-        alone = analyze(config(gpt, corpus, tmp_path / "b", sequences=5, tau=str(tau), control=False))
+        alone = analyze(config(gpt, corpus, tmp_path / "b", sequences=5, tau=str(tau)))
         assert [row["max_rank"] for row in alone["layers"]] == [
             row[f"max_rank_{tau}"] for row in several["layers"]
         ]
@@ -244,14 +244,13 @@ def test_the_paper_s_setting_is_the_default_and_a_seed_fixes_the_windows(gpt, co
     with_bos = analyze_attention.random_windows(tokens, 100, 20, 0, [7777])
     assert with_bos.shape == (20, 100) and (with_bos[:, 0] == 7777).all() and (with_bos[:, 1:] < 5000).all()
     short = save_gpt(tmp_path / "short", block_size=32)
-    assert analyze(config(short, corpus, tmp_path / "a", sequences=2, control=False))["T"] == 32
+    assert analyze(config(short, corpus, tmp_path / "a", sequences=2))["T"] == 32
 
 
 @pytest.mark.parametrize(
     "wrong",
-    ["--seq_len=1", "--sequences=0", "--tau=0", "--tau=1.0", "--tau=0.9,x", "--micro_batch=0", "--groups=4:4",
-     "--groups=4", "--heads=7", "--heads=1.2.3"],
-)  # fmt: skip
+    ["--tau=0", "--tau=1.0", "--tau=0.9,x", "--groups=4", "--heads=7", "--heads=1.2.3"],
+)
 def test_an_impossible_setting_is_one_line(gpt, corpus, tmp_path, capsys, wrong):
     assert call_script(analyze_attention, gpt, f"--data_dir={corpus}", f"--out={tmp_path / 'a'}", wrong) == 2
     error = capsys.readouterr().err
@@ -294,7 +293,7 @@ def test_a_stored_analysis_is_reused_only_for_the_same_weights_data_and_settings
     assert same() and same(micro_batch=1)
     assert not same(save_gpt(tmp_path / "other", seed=1, bias=True))
     for change in ({"sequences": 3}, {"seq_len": 50}, {"tau": "0.8"}, {"seed": 1}, {"groups": "0:2"},
-                   {"heads": "0.0"}, {"control": False}, {"compare": str(gpt)}):  # fmt: skip
+                   {"heads": "0.0"}, {"compare": str(gpt)}):  # fmt: skip
         assert not same(**change)
     meta = json.loads((corpus / "meta.json").read_text())
     meta["splits"]["val"]["sha256"] = "0" * 64
@@ -313,7 +312,7 @@ def test_a_full_disk_is_one_line_after_the_table_and_the_json(gpt, corpus, tmp_p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(figures, "plot_attention", full)
-    options = [f"--data_dir={corpus}", f"--out={tmp_path / 'a'}", "--sequences=2", "--control=False"]
+    options = [f"--data_dir={corpus}", f"--out={tmp_path / 'a'}", "--sequences=2"]
     assert call_script(analyze_attention, gpt, *options) == 1
     captured = capsys.readouterr()
     assert "layers before the lazy tail" in captured.out and captured.err.count("\n") == 1
@@ -324,11 +323,11 @@ def test_a_full_disk_is_one_line_after_the_table_and_the_json(gpt, corpus, tmp_p
     assert "layers before the lazy tail" in capsys.readouterr().out
 
 
-def test_attention_that_is_not_finite_ends_the_analysis_with_layer_and_head():
+def test_attention_that_is_not_finite_ends_the_analysis_with_the_layer():
     model = random_model(dtype=torch.float32)
     with torch.no_grad():
         model.transformer.h[1].attn.c_attn.weight[16:32] = math.nan  # the queries of head 1
-    with pytest.raises(UserError, match=r"layer 1, heads \[1\]: attention is not finite") as caught:
+    with pytest.raises(UserError, match="layer 1: no causal attention matrix; expected finite weights") as caught:
         analyze_attention.measure(model, torch.zeros(2, 8, dtype=torch.long), MEASURES, 2)
     assert caught.value.exit_code == 1
 
@@ -341,10 +340,9 @@ def test_a_hybrid_s_layers_without_attention_are_neither_measured_nor_lazy(docum
         "num_key_value_heads": 2,
     }
     path, corpus = save_with_corpus(tmp_path, "Lfm2", documents, bos=False, **kinds)
-    result = analyze(config(path, corpus, tmp_path / "a", sequences=2, control=False))
-    assert [row["layer"] for row in result["layers"]] == [0] and analyze_attention.suggested_layers(
-        result
-    ) == 3
+    result = analyze(config(path, corpus, tmp_path / "a", sequences=2))
+    assert [row["layer"] for row in result["layers"]] == [0]
+    assert analyze_attention.suggested_layers(result, "lazy") == 3
     assert "without attention: 2" in capsys.readouterr().out
 
 
@@ -361,7 +359,7 @@ def test_tracking_finds_what_the_analysis_finds_and_leaves_model_and_random_stat
     assert model.training and torch.equal(torch.get_rng_state(), states[0])
     assert (np.random.get_state()[1] == states[1]).all()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    found = analyze(config(gpt, corpus, tmp_path / "a", sequences=8, control=False))
+    found = analyze(config(gpt, corpus, tmp_path / "a", sequences=8))
     for m in MEASURES:
         assert tracked[m.label] == pytest.approx([row[m.key] for row in found["layers"]], rel=1e-4)
     assert {key: tracked[key] for key in ("T", "tau", "sequences")} == {"T": 100, "tau": 0.9, "sequences": 8}
@@ -383,7 +381,7 @@ def test_every_figure_of_the_report_is_drawn(gpt, corpus, tmp_path):
     figures.plot_losses(rows, tmp_path / "loss.png")
     figures.plot_differences(rows, tmp_path / "differences.png")  # one model has no interval
     result = analyze(config(gpt, corpus, tmp_path / "a", sequences=2))
-    figures.plot_ranks({"reference": result, "target": result}, tmp_path / "rank.png")
+    figures.plot_attention(result, tmp_path / "rank.png")
     lines = [
         track(checkpoint.load_model(gpt), np.fromfile(corpus / "val.bin", dtype="<u2")) | {"step": s}
         for s in (0, 10, 20)

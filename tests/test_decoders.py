@@ -116,12 +116,7 @@ def test_what_is_no_causal_attention_matrix_is_one_line_that_names_the_layer(wha
         return A.roll(1, -1) if what == "above the diagonal" else A
 
     monkeypatch.setattr(module, "matrix", broken)
-    message = (
-        r"layer 1, heads \[1\]: attention is not finite"
-        if what == "nan"
-        else "layer 1: found no causal attention"
-    )
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError, match="layer 1: no causal attention matrix") as caught:
         analyze_attention.visit_attention(model, torch.zeros(2, 8, dtype=torch.long), lambda *_: None)
     assert caught.value.exit_code == 1
 

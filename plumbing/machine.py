@@ -8,7 +8,6 @@ Each automatic choice comes with its reason, which train.py prints.
 
 import contextlib
 import ctypes
-import importlib.util
 import os
 import platform
 import shlex
@@ -24,15 +23,14 @@ from plumbing.configurator import UserError
 COMPILE_PAYS_FROM = 1e14  # FLOPs of a run on a CPU (docs/performance.md)
 
 
-# ---- device and arithmetic
-
-
 def pick_device(name: str) -> torch.device:
-    """The device asked for, or the best available. Under torchrun each process takes its own GPU."""
+    """The device asked for, or the best there is. Under torchrun each process takes its own GPU."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        best = torch.accelerator.current_accelerator(check_available=True)
+        name = best.type if best else "cpu"
+    number = int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None
     try:
-        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+        device = torch.device(name, number)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from None
@@ -60,11 +58,11 @@ def pick(device_name: str, dtype_name: str, deterministic: bool = False) -> Hard
         torch.use_deterministic_algorithms(True)
     dtype = getattr(torch, dtype_name, torch.float32)
     if dtype_name == "auto" and device.type == "cuda":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    elif dtype_name == "auto" and device.type == "cpu" and any(
-        "bf16" in key and value for key, value in cpu_capabilities().items()
-    ):
-        dtype = torch.bfloat16  # this CPU has instructions for it
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if has_bf16 else torch.float16
+    elif dtype_name == "auto" and device.type == "cpu":
+        has_bf16 = any("bf16" in key and value for key, value in cpu_capabilities().items())
+        dtype = torch.bfloat16 if has_bf16 else torch.float32
     mixed = dtype in (torch.bfloat16, torch.float16)
     autocast = torch.autocast(device.type, dtype) if mixed else contextlib.nullcontext()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -81,16 +79,13 @@ def pick_compile(choice: bool | str, device: torch.device, flops: float) -> tupl
     """Whether to torch.compile a run of so many floating-point operations, and the reason."""
     if choice != "auto":
         return choice, "as set"
-    if device.type == "cuda":
-        found = importlib.util.find_spec("triton") is not None
-        return found, "Triton is installed" if found else "Triton is not installed"
-    if device.type != "cpu" or flops < COMPILE_PAYS_FROM:
+    if device.type == "mps" or (device.type == "cpu" and flops < COMPILE_PAYS_FROM):
         return False, "it would take longer than it saves"
-    try:  # it needs a C++ compiler and Python's headers
-        torch.compile(torch.sin)(torch.zeros(2))
+    try:  # on a GPU it needs Triton, and everywhere a C++ compiler and Python's headers
+        torch.compile(torch.sin)(torch.zeros(2, device=device))
     except Exception as error:  # whatever is missing, the run works without
         return False, f"it fails on this machine ({type(error).__name__})"
-    return True, "the run is long"
+    return True, "it works on this machine"
 
 
 def prepare(models: list, compile_choice: bool | str, flops: float, hardware: Hardware) -> str:
@@ -98,7 +93,7 @@ def prepare(models: list, compile_choice: bool | str, flops: float, hardware: Ha
     compiled, reason = pick_compile(compile_choice, hardware.device, flops)
     if hardware.device.type == "cpu":
         keep_freed_memory()
-    torch.compiler.reset()  # an earlier model of a recipe must not use up the limit of recompilations
+    torch.compiler.reset()  # earlier models of a recipe must not use up the recompilations allowed
     for model in models:
         model.to(hardware.device)
         if compiled:
@@ -109,11 +104,11 @@ def prepare(models: list, compile_choice: bool | str, flops: float, hardware: Ha
 def keep_freed_memory():
     """Make glibc keep freed memory for the next step instead of returning it to the system.
 
-    Getting it anew, page by page, took a tenth to a third of a step. The process hardly shrinks any more.
+    Getting it anew, page by page, took a tenth to a third of a step.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
-        # M_MMAP_THRESHOLD (-3): larger blocks are mapped one by one. Before glibc 2.35 the limit is 2**25.
+        # M_MMAP_THRESHOLD (-3): larger blocks are mapped alone. Before glibc 2.35 at most 2**25
         if mallopt(-3, 2**30) or mallopt(-3, 2**25):
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep freed memory up to this
 
@@ -125,14 +120,12 @@ def send_all(batches, device: torch.device):
         yield [(t.pin_memory() if on_gpu else t).to(device, non_blocking=on_gpu) for t in batch]
 
 
-# ---- the guard
-
-
 def check_finite(optimizer, scaler, kept: list[Path]):
-    """Wait for the device. Raises UserError, exit code 1, if updates were skipped: a non-finite gradient."""
-    if scaler.get_scale() < 1 if scaler.is_enabled() else optimizer.found_inf:  # float16 tries smaller scales
-        counted = (state["step"] for state in optimizer.state.values() if "step" in state)  # Muon has none
-        made = int(next(counted))  # does not count skipped updates
+    """Wait for the device. UserError, exit code 1, if a gradient norm was not finite."""
+    # float16 tries smaller scales first
+    if scaler.get_scale() < 1 if scaler.is_enabled() else optimizer.found_inf:
+        # the updates made, without those skipped; Muon does not count
+        made = int(next(state["step"] for state in optimizer.state.values() if "step" in state))
         raise UserError(
             f"step {made}: non-finite gradient norm, so no update was made since; "
             f"last good checkpoint: {kept[-1] if kept else 'none'}; lower lr or warm up longer",
@@ -140,20 +133,16 @@ def check_finite(optimizer, scaler, kept: list[Path]):
         )
 
 
-# ---- what to record
-
-
 def versions(device: torch.device) -> dict:
     """The code, libraries and machine that make a result."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:  # git is not installed
-        commit = ""
-    is_gpu = device.type == "cuda"
-    cpu = f"{cpu_capabilities().get('cpu_name', platform.machine())}, {os.cpu_count()} cores"
+    here = shlex.quote(str(Path(__file__).parent))
+    describe = f"git -C {here} describe --always --dirty --abbrev=12"
+    failed, commit = subprocess.getstatusoutput(describe)
+    name = f"{cpu_capabilities().get('cpu_name', platform.machine())}, {os.cpu_count()} cores"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return {
-        "commit": commit or "unknown", "python": platform.python_version(), "torch": torch.__version__,
-        "device": f"{device.type}: {torch.cuda.get_device_name(device) if is_gpu else cpu}",
+        "commit": "unknown" if failed else commit, "device": f"{device.type}: {name}",
+        "python": platform.python_version(), "torch": torch.__version__,
         "processes": int(os.environ.get("WORLD_SIZE", 1)), "command": shlex.join(sys.argv),
     }

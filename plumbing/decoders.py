@@ -1,10 +1,10 @@
-"""Any decoder of transformers, behind the interface of model.py's GPT: train, slice, measure, compare it.
+"""Any decoder of transformers, behind the interface of model.py's GPT: train, slice, measure it.
 
-    python analyze_attention.py HuggingFaceTB/SmolLM2-135M --data_dir=data/smol    # pip install transformers
+    python analyze_attention.py HuggingFaceTB/SmolLM2-135M --data_dir=data/smol
     python inheritune.py config/single_gpu.toml --reference=HuggingFaceTB/SmolLM2-135M
 
-checkpoint.py calls this for every model that model.py cannot compute: other families, and GPT-2 with another
-activation. transformers is imported only here. The code that comes with a model is never run.
+checkpoint.py calls this for every model that model.py cannot compute: other families, and GPT-2
+with another activation. Only this file imports transformers. It never runs a model's own code.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from model import GPT, GPTConfig, token_losses
-from plumbing import storage
 from plumbing.configurator import UserError
 
-SAFE = {"trust_remote_code": False}  # else transformers asks on stdin, and a piped "y" runs a stranger's code
+SAFE = {"trust_remote_code": False}  # None: transformers asks, and "y" runs a stranger's code
+SAFETENSORS = SAFE | {"use_safetensors": True, "output_loading_info": True}  # never a pickle
 
 
 @contextlib.contextmanager
@@ -32,9 +32,10 @@ def transformers_for(path: Path):
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         yield transformers
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
+    except Exception as error:  # it raises nearly all kinds
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: {reason}; expected what transformers (pip install it) can load") from None
+        expected = "expected what transformers (pip install it) can load"
+        raise UserError(f"{path}: {reason}; {expected}") from None
 
 
 @dataclass
@@ -57,15 +58,17 @@ class Decoder(torch.nn.Module):
     def __init__(self, hf: torch.nn.Module, table: dict, block_size: int | None, dropout: float):
         super().__init__()
         self.hf, self.table, text = hf, table, hf.config.get_text_config()  # table: its config.json
+        L, C, heads = text.num_hidden_layers, text.hidden_size, text.num_attention_heads
         T = min(block_size or 1024, getattr(text, "max_position_embeddings", None) or sys.maxsize)
-        V, heads = hf.get_input_embeddings().num_embeddings, text.num_attention_heads
-        self.config = DecoderConfig(text.num_hidden_layers, heads, text.hidden_size, T, V, True, dropout)
+        V = hf.get_input_embeddings().num_embeddings
+        self.config = DecoderConfig(L, heads, C, T, V, True, dropout)
         self.config.parameters = sum(parameter.numel() for parameter in hf.parameters())
-        # 6 for each weight of a matrix product, and 12·L·T for each dimension of the heads, as in model.py
-        products = [m for m in hf.modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"]
-        width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-        attention = 12 * self.config.n_layer * width * T
-        self.config.flops = 6 * sum(module.weight.numel() for module in products) + attention
+        # as in model.py: 6 for each weight of a product, 12·L·T for each dimension of the heads
+        modules = [module for module in hf.modules() if "weight" in module._parameters]
+        matrices = [m.weight for m in modules if not isinstance(m, torch.nn.Embedding)]
+        products = sum(weight.numel() for weight in matrices if weight.ndim == 2)
+        width = heads * (getattr(text, "head_dim", None) or C // heads)
+        self.config.flops = 6 * products + 12 * L * width * T
 
     def forward(self, idx, targets=None, reduction="mean"):
         """Logits (B, T, V); with targets (B, T) the cross-entropy in nats, as in model.py:GPT."""
@@ -73,7 +76,7 @@ class Decoder(torch.nn.Module):
         return logits if targets is None else token_losses(logits, targets, reduction)
 
     def named_parameters(self, *args, **kwargs):
-        """The family's own names, which are those of its checkpoints. A tied head has none of its own."""
+        """The family's own names, as in its checkpoints. A tied head has none of its own."""
         return self.hf.named_parameters(*args, **kwargs)
 
     def stored_tensors(self) -> dict[str, torch.Tensor]:
@@ -82,22 +85,18 @@ class Decoder(torch.nn.Module):
         buffers = {name: stored[name] for name, _ in self.hf.named_buffers() if name in stored}
         return {name: parameter.detach() for name, parameter in self.named_parameters()} | buffers
 
-    @property
-    def gradient_checkpointing(self) -> bool:
-        return self.hf.is_gradient_checkpointing
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, on: bool):
+    def set_gradient_checkpointing(self, on: bool):
         if on:
-            self.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.hf.gradient_checkpointing_enable({"use_reentrant": False})
 
+    gradient_checkpointing = property(None, set_gradient_checkpointing)
     param_groups, generate = GPT.param_groups, GPT.generate
 
     @torch.no_grad()
     def visit_attention(self, idx: torch.Tensor, visit):
-        """Call visit(layer, A (B, H, T, T)) for each layer that has attention, on idx (B, T). UserError.
+        """Call visit(layer, A (B, H, T, T)) for each layer that has attention, on idx (B, T).
 
-        One layer is in memory at a time.
+        One layer is in memory at a time. UserError if none has attention.
         """
         names = {m: name for name, m in self.hf.named_modules() if "Attention" in type(m).__name__}
         seen, T = set(), idx.shape[1]
@@ -107,37 +106,36 @@ class Decoder(torch.nn.Module):
             if not number or not isinstance(output, tuple):
                 return None
             layer = int(number[1])
-            square = [torch.is_tensor(part) and part.shape[2:] == (T, T) for part in output]
-            if any(square) and layer not in seen:  # some families put one attention module inside another
+            found = [torch.is_tensor(part) and part.shape[2:] == (T, T) for part in output]
+            if any(found) and layer not in seen:  # some put one attention module inside another
                 seen.add(layer)
-                visit(layer, output[square.index(True)])
-            return tuple(None if is_square else part for part, is_square in zip(output, square, strict=True))
+                visit(layer, output[found.index(True)])
+            return tuple(None if drop else part for part, drop in zip(output, found, strict=True))
 
         implementation = self.hf.config._attn_implementation
         self.hf.set_attn_implementation("eager")  # the fused kernels never hold the matrices
         self.hf.config._attn_implementation = "eager"  # Falcon ignores the line above
         try:
             with torch.nn.modules.module.register_module_forward_hook(hook):
-                self.hf.base_model(input_ids=idx, use_cache=False)  # without the head: no logits are needed
+                self.hf.base_model(input_ids=idx, use_cache=False)  # without the head: no logits
                 if not seen:  # some families compute them only when asked
                     self.hf.base_model(input_ids=idx, use_cache=False, output_attentions=True)
         finally:
             self.hf.set_attn_implementation(implementation)
             self.hf.config._attn_implementation = implementation
         if not seen:
-            name = type(self.hf).__name__
-            raise UserError(f"{name} has no attention matrix; expected a softmax attention layer")
+            raise UserError(f"{type(self.hf).__name__} has no attention matrix")
 
 
 def load(path: Path, dtype: torch.dtype, options: dict, fresh: bool) -> Decoder:
-    """The model in a directory, on the CPU, in evaluation mode. `fresh`: random weights of its shape.
+    """The model in a directory, on the CPU, in evaluation mode. `fresh`: its shape, random weights.
 
-    Of the options (GPTConfig's names) block_size and dropout apply, and n_layer to a fresh one. UserError.
+    Of the options (GPTConfig's names) block_size and dropout apply, and n_layer to a fresh one.
     """
     dropout = options.get("dropout", 0.0)
     with transformers_for(path) as transformers:
         config = transformers.AutoConfig.from_pretrained(path, **SAFE)
-        text, table = config.get_text_config(), storage.read_json(path / "config.json")
+        text = config.get_text_config()
         n_layer = options.get("n_layer") or text.num_hidden_layers
         for key, value in text.to_dict().items():
             if fresh and isinstance(value, list) and len(value) == text.num_hidden_layers:
@@ -146,36 +144,35 @@ def load(path: Path, dtype: torch.dtype, options: dict, fresh: bool) -> Decoder:
                 setattr(text, key, dropout)
         if fresh:
             text.num_hidden_layers = n_layer
-            table = json.loads(config.to_json_string(use_diff=False))
             hf = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **SAFE)
         else:
-            how = SAFE | {"dtype": dtype, "config": config, "output_loading_info": True}
-            how["use_safetensors"] = True  # never a pickle
+            how = SAFETENSORS | {"dtype": dtype, "config": config}
             hf, found = transformers.AutoModelForCausalLM.from_pretrained(path, **how)
             if found["missing_keys"]:  # transformers leaves random weights there
-                raise ValueError(f"no weights for {', '.join(sorted(found['missing_keys'])[:5])}")
+                missing = ", ".join(sorted(found["missing_keys"])[:5])
+                raise ValueError(f"no weights for {missing}")
+        table = json.loads(config.to_json_string())
         block_size = options.get("block_size") or table.get("block_size")  # our checkpoints keep it
         model = Decoder(hf, table, block_size, dropout).eval()
         model.table |= {"dtype": "float32", "block_size": model.config.block_size}
-        model.table.pop("torch_dtype", None)  # an older name of dtype
         return model
 
 
 def derived_config(path: Path) -> dict:
-    """config.json with all that transformers derives from it, such as each layer's kind. UserError.
+    """config.json with all that transformers derives from it, such as each layer's kind.
 
     A family may say only "every sixth layer"; a list with an entry for each layer can be sliced.
     """
     with transformers_for(path) as transformers:
         config = transformers.AutoConfig.from_pretrained(path, **SAFE)
-        return json.loads(config.to_json_string(use_diff=False))
+        return json.loads(config.to_json_string())
 
 
 def check_opens(path: Path, name):
-    """Raise UserError, naming `name`, unless every tensor in `path` has its place and none is missing."""
+    """Raise UserError, naming `name`, unless every tensor in `path` has its place, none missing."""
     with transformers_for(name) as transformers:
-        how = {"output_loading_info": True, "use_safetensors": True, "dtype": "auto", **SAFE}
+        how = SAFETENSORS | {"dtype": "auto"}
         _, found = transformers.AutoModelForCausalLM.from_pretrained(path, **how)
-        wrong = [str(each) for kind in ("missing", "unexpected") for each in found[f"{kind}_keys"]]
+        wrong = sorted(map(str, [*found["missing_keys"], *found["unexpected_keys"]]))
         if wrong:
-            raise ValueError(f"sliced, its layers are of other kinds: {', '.join(sorted(wrong)[:3])}")
+            raise ValueError(f"sliced, its layers are of other kinds: {', '.join(wrong[:3])}")

@@ -172,9 +172,8 @@ def test_each_moment_comes_from_the_layer_of_its_weights(reference, tmp_path):
     ours = load_file(out / "optimizer.safetensors")
     for key, tensor in ours.items():
         source = key.replace(".h.0.", ".h.2.") if ".h.0." in key else key.replace(".h.1.", ".h.0.")
-        fresh = ".mlp." in key  # no history of its own
-        assert torch.equal(tensor, torch.zeros_like(tensor) if fresh else theirs[source]), key
-    assert len(ours) == 3 * (2 * 6 + 3)  # three for each parameter
+        assert torch.equal(tensor, theirs[source]), key
+    assert len(ours) == 3 * (2 * 4 + 3)  # three for each parameter, none of the fresh MLPs
     assert storage.read_json(out / "lineage.json")["moments"] is True
 
 

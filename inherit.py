@@ -177,6 +177,9 @@ def inherit(reference, layers, out, **others) -> Path:
         storage.write_json(directory / "config.json", table)
         stems = ["model", "optimizer"] if settings.moments else ["model"]
         tensors = source_tensors(sources, stems, width)
+        stored = {int(match[2]) for match in map(LAYER.match, tensors) if match}
+        if missing := {layer for layer in chosen if layer is not None} - stored:
+            raise UserError(f"{path}: no tensors of layers {sorted(missing)}, but config.json has them")
         origin = take_layers(tensors, chosen)
         for name in origin if parts else ():
             match = LAYER.match(name)

@@ -36,10 +36,3 @@ class MuonAndAdamW:
     def zero_grad(self, set_to_none: bool = True):
         self.muon.zero_grad(set_to_none)
         self.adamw.zero_grad(set_to_none)
-
-
-def state_names(optimizer, parameter) -> tuple[str, ...]:
-    """The tensors that an optimizer keeps for a parameter."""
-    matrices = optimizer.muon.param_groups[0]["params"] if isinstance(optimizer, MuonAndAdamW) else []
-    is_muon = any(parameter is matrix for matrix in matrices)
-    return ("momentum_buffer",) if is_muon else ("exp_avg", "exp_avg_sq", "step")

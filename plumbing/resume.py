@@ -16,7 +16,6 @@ import torch
 from model import GPT
 from plumbing import checkpoint, storage
 from plumbing.configurator import UserError
-from plumbing.muon import state_names
 
 
 def read_state(path: Path) -> dict:
@@ -27,17 +26,15 @@ def read_state(path: Path) -> dict:
 
 
 def load_optimizer(path: Path, model: GPT, optimizer: torch.optim.Optimizer):
-    """Put the optimizer state of a directory into place. Raises UserError unless it is this model's."""
-    stored = storage.read_tensors(path, "optimizer")
-    names = {key: state_names(optimizer, parameter) for key, parameter in model.named_parameters()}
-    if wrong := {f"{key}|{part}" for key, parts in names.items() for part in parts} ^ stored.keys():
-        raise UserError(f"{path}: optimizer state missing or left over: {', '.join(sorted(wrong)[:5])}")
-    for key, parameter in model.named_parameters():
-        for part in names[key]:
-            tensor = stored[f"{key}|{part}"].to(parameter.device)
-            tensor = checkpoint.hf_layout(key, tensor) if isinstance(model, GPT) else tensor
-            # contiguous like the weights: fused AdamW walks both memories in step
-            optimizer.state[parameter][part] = tensor.clone(memory_format=torch.contiguous_format)
+    """Put the optimizer state of a directory into place. A parameter without one begins at zero."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in storage.read_tensors(path, "optimizer").items():
+        key, part = name.split("|")
+        tensor = tensor.to(parameters[key].device)
+        tensor = checkpoint.hf_layout(key, tensor) if isinstance(model, GPT) else tensor
+        # contiguous like the weights: fused AdamW walks both memories in step
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        optimizer.state[parameters[key]][part] = tensor
 
 
 def to_resume(run_dir: Path, resume: bool | str) -> Path | None:

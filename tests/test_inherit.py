@@ -287,6 +287,15 @@ def test_a_layer_that_moves_under_the_inverse_layer_scale_is_warned_about(tmp_pa
     assert "so a moved layer computes differently" in capsys.readouterr().out
 
 
+def test_a_config_that_lies_about_its_layers_is_refused(source, tmp_path):
+    (source / "manifest.json").unlink()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"n_layer": 5}))
+    with pytest.raises(UserError, match=r"no tensors of layers \[4\], but config.json has them"):
+        inherit.inherit(source, "0,4", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_checkpoint_goes_on_top_of_itself(source, tmp_path):
     out = inherit.inherit(source, "0:2", tmp_path / "out", top=source, top_layers="1,3")
     theirs, ours = weights(source), weights(out)

@@ -136,16 +136,3 @@ def correlations(rows: list[dict], heads: dict) -> dict[str, list]:
         "Rank with the head's cost": (np.concatenate(heads["rank"]), np.concatenate(heads["cost"])),
     }
     return {name: [*spearman(*pair), len(pair[0])] for name, pair in pairs.items()}
-
-
-def print_summary(model: dict, cheap_below: float):
-    """What follows the table of a model that has costs."""
-    found = model["ablation"]
-    cheap = ", ".join(str(row["layer"]) for row in model["layers"] if row["cheap"]) or "none"
-    print(f"loss of the whole model: {found['loss']:.4f} ± {found['loss_se']:.4f} nats per token")
-    print(f"Spearman correlation (p-value by {PERMUTATIONS} permutations):")
-    for name, (rho, p, n) in found["spearman"].items():
-        print(f"  {name}: {rho:+.2f} (p = {p:.4f}, n = {n})")
-    print(f"layers that cost less than {cheap_below:g} nats: {cheap}")
-    by_cost, by_rank = model["suggested_by_cost"], model["suggested_by_rank"]
-    print(f"k suggested by cost: {by_cost}; by rank: {by_rank}")

@@ -305,15 +305,24 @@ def print_table(result: dict):
             print(f"{row['layer']:5d}", *cells, f"{row['near_rank_one']:11.0%} {lazy}".rstrip())
         lazy, strictly = (sum(row[k] for row in model["layers"]) for k in ("lazy", "strictly_lazy"))
         print(f"lazy layers: {lazy} by floor(MaxRank) = 1, {strictly} strictly (MaxRank = 1)")
-        k, missing = suggested_layers(model, "lazy"), model["n_layer"] - len(model["layers"])
-        print(f"layers before the lazy tail: {k}; without attention: {missing}")
+        missing = model["n_layer"] - len(model["layers"])
+        print(f"layers before the lazy tail: {model['suggested_by_rank']}; without attention: {missing}")
         groups = [f"layers {each['layers']} {each['avg_rank']:.2f}" for each in model["groups"]]
         print("AvgRank:", ", ".join(groups))
         print(f"heads near rank one (mean rank below 1.5): {model['near_rank_one']:.0%} of the model")
         if "ablation" in model:
-            import ablation
+            print_costs(model, result["cheap_below"])
 
-            ablation.print_summary(model, result["cheap_below"])
+
+def print_costs(model: dict, cheap_below: float):
+    """What --ablate adds below the table."""
+    found = model["ablation"]
+    cheap = [str(row["layer"]) for row in model["layers"] if row["cheap"]]
+    print(f"loss of the whole model: {found['loss']:.4f} ± {found['loss_se']:.4f} nats per token")
+    for name, (rho, p, n) in found["spearman"].items():
+        print(f"Spearman correlation of {name}: {rho:+.2f} (p = {p:.4f}, n = {n})")
+    print(f"layers that cost less than {cheap_below:g} nats: {', '.join(cheap) or 'none'}")
+    print(f"k suggested by cost: {model['suggested_by_cost']}; by rank: {model['suggested_by_rank']}")
 
 
 def main():

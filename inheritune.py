@@ -1,7 +1,7 @@
 """Inheritune, the whole recipe: reference, analysis, rounds of inherit and train, baselines.
 
     python inheritune.py config/demo.toml                             # minutes on a laptop's CPU
-    python inheritune.py config/single_gpu.toml --reference=gpt2-medium  # begin with a trained model
+    python inheritune.py config/single_gpu.toml --reference=gpt2-medium  # from a trained model
     torchrun --standalone --nproc_per_node=4 inheritune.py config/demo.toml --micro_batch=8
 
 Rerun the same command to resume: complete stages are skipped. All models of one seed see the same

@@ -40,6 +40,7 @@ def figure(path: Path, panels: int = 1, *, size: tuple[float, float], title: str
 
 def plot_losses(rows: list[dict], path: Path):
     """Validation loss by the tokens of each model's own training. Dotted: the reference's last."""
+    rows = rows[: len(COLORS)]
     with figure(path, size=(7.5, 4.5)) as (axis,):
         for i, (row, color) in enumerate(zip(rows, COLORS, strict=False)):
             label = f"{row['name']}: {row['loss']:.3f}"

@@ -230,7 +230,7 @@ def test_the_command_prints_stores_and_draws_the_costs(path, data_dir, tmp_path,
         assert " ".join(cells) in printed
     found = result["ablation"]
     for text, (rho, p, n) in found["spearman"].items():
-        assert f"{text}: {rho:+.2f} (p = {p:.4f}, n = {n})" in printed
+        assert f"Spearman correlation of {text}: {rho:+.2f} (p = {p:.4f}, n = {n})" in printed
     assert [n for *_, n in found["spearman"].values()] == [4, 4, sum(map(len, result["heads"]["cost"]))]
     cheap = ", ".join(str(row["layer"]) for row in result["layers"] if row["cost"] < 0.5) or "none"
     assert f"layers that cost less than 0.5 nats: {cheap}" in printed

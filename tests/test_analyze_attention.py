@@ -179,7 +179,7 @@ def test_lazy_layers_are_counted_strictly_and_by_floor(capsys):
         for layer, rank in enumerate([2.0, 1.75, 1.0])
     }
     about = {"model": "m", "n_layer": 3, "sequences": 4, "T": 8, "tau": [0.9], "compared": None}
-    about["measures"] = {m.key: m.label for m in MEASURES}
+    about |= {"measures": {m.key: m.label for m in MEASURES}, "suggested_by_rank": 1}
     summary = analyze_attention.summarize(values, MEASURES, [(0, 2), (2, 3)])
     assert [g["avg_rank"] for g in summary["groups"]] == [1.875, 1.0]
     analyze_attention.print_table(about | summary)

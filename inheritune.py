@@ -52,6 +52,7 @@ class RecipeConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.seeds = list(dict.fromkeys(self.seeds))  # a seed given twice would count twice
         if not (1 <= self.first_k <= self.n and self.expand_by >= 1):
             found = f"start_layers {self.first_k}, expand_by {self.expand_by}"
             raise UserError(f"{found}; expected 1 to {self.n}, at least 1")

@@ -213,16 +213,18 @@ def recipe(config: RecipeConfig):
     on_rank_0(measure, config, references[0], targets[0])
 
     # ---- baselines, and the report. A first report is there before the baselines are trained
-    def write_report() -> str:
+    def write_report(first: bool) -> str:
+        if first and (out_dir / "recipe.json").exists():  # rank 0 alone looks
+            return ""
         content = {"models": compared, "tolerance": config.tolerance, "paper": config.paper}
         storage.write_json(out_dir / "recipe.json", content)
         return report(out_dir)
 
-    on_rank_0(write_report)
+    on_rank_0(write_report, True)
     for name, model in wanted(config.baselines, n, k).items():
         directory = "-".join(name.replace(",", "").lower().split())
         make(name, "baseline", model, f"{directory}-{k}", name)
-    processes.say(on_rank_0(write_report))
+    processes.say(on_rank_0(write_report, False))
 
 
 def main():

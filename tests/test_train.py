@@ -496,11 +496,6 @@ def test_a_machine_without_git_can_train(data_dir, tmp_path):
     assert state["versions"]["commit"] == "unknown"
 
 
-def test_compiling_is_chosen_for_a_gpu_in_a_process_that_imported_nothing_else():
-    code = "import train, torch; print(train.machine.pick_compile('auto', torch.device('cuda'), 0))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "riton" in done.stdout, done.stderr
-
 
 def test_a_gradient_that_is_not_finite_ends_the_run_before_the_update(data_dir, tmp_path, monkeypatch):
     clip = torch.nn.utils.clip_grad_norm_

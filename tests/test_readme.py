@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import re
 import shlex
 
@@ -105,3 +106,29 @@ def test_the_study_s_numbers_in_the_results_are_in_its_reports(row):
         assert cell in {f"{float(mean):+.3f} ± {float(error):.3f}" for mean, error in found}
 
 
+
+
+PERFORMANCE = (ROOT / "docs/performance.md").read_text()
+MUON = re.findall(r"^\| (adamw|muon) \| (\S+) \| (\S+) \|$", PERFORMANCE, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("optimizer,rate,loss", MUON)
+def test_the_losses_of_both_optimizers_are_those_of_their_curves(optimizer, rate, loss):
+    lines = (ROOT / f"results/muon/{optimizer}-{rate}.jsonl").read_text().splitlines()
+    curve = [json.loads(line) for line in lines]
+    assert curve[-1]["step"] == 400 and f"{curve[-1]['val_loss']:.4f}" == loss
+
+
+def test_muon_reaches_adamw_s_best_loss_after_the_share_of_steps_that_is_claimed():
+    best = min(float(loss) for optimizer, _, loss in MUON if optimizer == "adamw")
+    lines = (ROOT / "results/muon/muon-8e-3.jsonl").read_text().splitlines()
+    reached = next(line["step"] for line in map(json.loads, lines) if line["val_loss"] <= best)
+    assert f"best final loss after {reached} of 400 steps" in PERFORMANCE
+
+
+REPORT = (ROOT / "results/demo/report.md").read_text()
+
+
+@pytest.mark.parametrize("number", re.findall(r"\d\.\d{4} ± \d\.\d{4}", README))
+def test_the_demo_s_numbers_in_the_readme_are_those_of_its_report(number):
+    assert number in REPORT

@@ -1,12 +1,13 @@
 """A checkpoint is a Hugging Face directory: save and load models, and what a run needs to resume.
 
     python -c "from plumbing import checkpoint; print(checkpoint.load_model('out/demo/reference').config)"
-    python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained('out/.../step-00000300')"
+    python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained('out/.../step-00000400')"
 
 config.json            GPT2Config's fields, and ours: bias, tokenizer
 tokenizer.json         and tokenizer_config.json, copied from the data directory
 model.safetensors      float32, GPT-2's keys, Conv1D layout (in, out), the tied head stored once
-optimizer.safetensors  "<key>|exp_avg", "<key>|exp_avg_sq", "<key>|step", in the layout of the weights
+optimizer.safetensors  "<key>|exp_avg", "<key>|exp_avg_sq", "<key>|step", or Muon's "<key>|momentum_buffer",
+                       in the layout of the weights
 trainer_state.json     step, tokens, settings, data, versions
 val_losses.json        the loss of every validation window
 lineage.json           where each tensor came from, if it was inherited

@@ -209,16 +209,19 @@ def identity(config: AnalyzeConfig) -> dict:
         groups = [[int(first), int(end)] for first, end in pairs]
         pairs = [each.split(".") for each in config.heads.split(",") if each]
         heads = [[int(layer), int(head)] for layer, head in pairs]
-        if not all(0 < tau <= 0.999 for tau in taus):  # above, rounding decides
+        least = min(config.seq_len - 1, config.sequences, config.micro_batch)
+        if least < 1 or not all(0 < tau <= 0.999 for tau in taus):  # above, rounding decides
             raise ValueError
     except ValueError:
-        expected = "0 < tau <= 0.999, groups like 0:4,4:8, heads like 7.16"
+        expected = "0 < tau <= 0.999, groups like 0:4,4:8, heads like 7.16, seq_len >= 2, others >= 1"
         raise UserError(f"found {config}; expected {expected}") from None
     paths = [storage.resolve(name) for name in (config.model, config.compare) if name]
+    wanted = {"block_size": config.seq_len}  # another family can read longer texts than by default
+    longest = [checkpoint.read_config(path, wanted).block_size for path in paths]
     return {
         "sha256": [storage.hashes(path) for path in paths],
         "data_sha256": data.read_meta(config.data_dir)["splits"]["val"]["sha256"],
-        "T": min(config.seq_len, *(checkpoint.read_config(path).block_size for path in paths)),
+        "T": min(config.seq_len, *longest),
         "tau": taus, "ranges": groups, "drawn": heads,
         "wanted": config.sequences, "seed": config.seed,
         "cheap_below": config.cheap_below if config.ablate else None,  # None: no costs

@@ -79,13 +79,14 @@ def parse_layers(text: str, n_layer: int) -> list[int | None]:
     return layers
 
 
-def sliced_config(config: dict, layers: list[int | None], n_layer: int, width=1.0) -> dict:
+def sliced_config(sources: list[tuple], layers: list[int | None], width=1.0) -> dict:
     """config.json of the target: its depth, lists with an entry for each layer, its width."""
-    lists = {
-        key: [value[(layer or 0) % n_layer] for layer in layers]
-        for key, value in config.items()
-        if isinstance(value, list) and len(value) == n_layer
-    }
+    _, config, n_layer, _ = sources[0]
+    lists = {}
+    for key, value in config.items():
+        if isinstance(value, list) and len(value) == n_layer:
+            entries = [entry for _, each, _, _ in sources for entry in each[key]]
+            lists[key] = [entries[layer or 0] for layer in layers]
     depth = {key: len(layers) for key in DEPTH if key in config}
     widths = [key for key in ("n_embd", "n_head", "n_inner") if width < 1 and config.get(key)]
     return config | lists | depth | {key: round(width * config[key]) for key in widths}
@@ -129,7 +130,7 @@ def open_sources(settings: InheritConfig) -> tuple[list[tuple[Path, dict, int, i
     if settings.width < 1:
         lineage["width"] = settings.width
     if settings.top:
-        alike = ("model_type", "n_embd", "hidden_size", "layer_types")
+        alike = ("model_type", "n_embd", "hidden_size")
         if any(config.get(key) != sources[1][1].get(key) for key in alike):
             raise UserError(f"{settings.top} differs from {path} in {' or '.join(alike)}")
         lineage["top_sha256"] = storage.hashes(sources[1][0])
@@ -162,7 +163,7 @@ def inherit(reference, layers, out, **others) -> Path:
     """Write the target to `out`. `others` are further settings of InheritConfig. UserError."""
     settings = InheritConfig(reference, layers, out, **others)
     sources, lineage = open_sources(settings)
-    path, config, n_layer, _ = sources[0]
+    path, config, _, _ = sources[0]
     chosen, parts, width = lineage["layers"], settings.parts, settings.width
     is_gpt2, heads = config["model_type"] == "gpt2", width * config.get("n_head", 1)
     fits = set(parts.split(",")) <= {"", *BLOCK_PARTS} and 0 < width <= 1 and heads % 1 == 0
@@ -173,7 +174,7 @@ def inherit(reference, layers, out, **others) -> Path:
         print("warning: layer i divides its logits by i + 1, so a moved layer computes differently")
 
     with storage.publish(out) as directory:
-        table = sliced_config(config, chosen, n_layer, width)
+        table = sliced_config(sources, chosen, width)
         storage.write_json(directory / "config.json", table)
         stems = ["model", "optimizer"] if settings.moments else ["model"]
         tensors = source_tensors(sources, stems, width)

@@ -53,9 +53,9 @@ class RecipeConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         self.seeds = list(dict.fromkeys(self.seeds))  # a seed given twice would count twice
-        if not (1 <= self.first_k <= self.n and self.expand_by >= 1):
-            found = f"start_layers {self.first_k}, expand_by {self.expand_by}"
-            raise UserError(f"{found}; expected 1 to {self.n}, at least 1")
+        if not (1 <= self.first_k <= self.n and min(self.expand_by, self.sequences) >= 1):
+            found = f"start_layers {self.first_k}, expand_by {self.expand_by}, sequences {self.sequences}"
+            raise UserError(f"{found}; expected start_layers 1 to {self.n}, the others at least 1")
         if self.init_from != "scratch" or self.eval_only or self.override or self.teacher:
             raise UserError("init_from, eval_only, override and teacher are for train.py")
         if self.reference and self.n_layer not in (None, self.n):
@@ -162,8 +162,9 @@ def inherit_once(source: Path, layers: list, out: Path, how: dict, seed: int):
     """Inherit into `out`, once. UserError if it was done from different weights or layers."""
     if not out.exists():
         inherit(source, layers, out, **how, seed=seed)
-    asked, found = checkpoint.identity(lineage_of(source, layers, **how)), checkpoint.origin(out)
-    differ = [key for key in asked if found.get(key) != asked[key]]
+    asked = checkpoint.identity(lineage_of(source, layers, **how))
+    found = checkpoint.identity(checkpoint.origin(out))
+    differ = [key for key in asked | found if found.get(key) != asked.get(key)]
     if differ:
         raise UserError(f"{out} was made with a different {', '.join(differ)}; remove {out.parent}")
 

@@ -131,10 +131,13 @@ def ending(path: str | Path) -> str:
     return Path(str(path).removesuffix(".gz")).suffix
 
 
-def find_files(names: tuple[str, ...]) -> list[Path]:
-    """The files, but for empty ones, that paths, folders and globs name. Raises UserError."""
+def find_files(names: tuple[str, ...], out: Path) -> list[Path]:
+    """The files that paths, folders and globs name, without empty ones and those in `out`.
+
+    Raises UserError.
+    """
     found = []
-    for name in names:
+    for name in map(os.path.expanduser, names):
         pattern = glob.escape(name) if os.path.exists(name) else name
         if os.path.isdir(name):
             pattern += "/**"
@@ -142,7 +145,7 @@ def find_files(names: tuple[str, ...]) -> list[Path]:
         matches = [Path(path) for path in matches if ending(path) in ENDINGS]
         if not matches:
             raise UserError(f"{name}: found no file of {' '.join(ENDINGS)}, or .gz; check the path")
-        found += [path for path in matches if path.stat().st_size]
+        found += [p for p in matches if p.stat().st_size and out not in p.resolve().parents]
     kinds = sorted({ending(path) for path in found})
     repeated = len(found) - len({path.resolve() for path in found})  # would be in both splits
     if names and (repeated or len(kinds) != 1):
@@ -249,10 +252,9 @@ def write_split(path: Path, documents, n_documents: int, max_tokens: int | None)
     return entry | {"sha256": storage.sha256_of(path)}
 
 
-def write(config: PrepareConfig, out: Path, source, arguments: dict):
+def write(config: PrepareConfig, out: Path, source, encoding, arguments: dict):
     """Write both splits under temporary names, rename them, then write meta.json."""
     items, read, origin = source
-    encoding = tokenizers.tokenizer(config.tokenizer)
     dtype = "<u2" if encoding.n_vocab <= 2**16 else "<u4"
     encode_item = functools.partial(encode_document, read=read, encoding=encoding, dtype=dtype)
     splits = {}
@@ -291,7 +293,7 @@ def write(config: PrepareConfig, out: Path, source, arguments: dict):
 
 def prepare(config: PrepareConfig, out: Path):
     """Fill the data directory `out`, unless it is up to date. Raises UserError."""
-    files = find_files(config.paths)
+    files = find_files(config.paths, out.resolve())
     arguments = asdict(config)
     del arguments["out"], arguments["workers"]  # neither changes a byte
     stats = [(path.resolve(), path.stat()) for path in files]
@@ -300,8 +302,9 @@ def prepare(config: PrepareConfig, out: Path):
     try:
         made_with = data.verify(out)["arguments"]
     except UserError:  # absent or damaged: made anew
+        encoding = tokenizers.tokenizer(config.tokenizer)  # before anything long
         read_source = {"python": from_python, "files": from_files}.get(config.source, from_hub)
-        return write(config, out, read_source(config, files), arguments)
+        return write(config, out, read_source(config, files), encoding, arguments)
     changed = [key for key in arguments if arguments[key] != made_with.get(key)]
     if changed:
         problem = f"{out} was prepared with different {', '.join(changed)}"
@@ -315,6 +318,9 @@ def main():
     config = configurator.load(PrepareConfig)
     if bool(config.paths) != (config.source == "files"):
         raise UserError(f"found {config.source} with paths {config.paths}; only files has paths")
+    if config.workers < 1 or not 0 < config.val_fraction < 1:
+        found = f"workers {config.workers}, val_fraction {config.val_fraction}"
+        raise UserError(f"{found}; expected workers >= 1, 0 < val_fraction < 1")
     out = Path(config.out).expanduser()
     with storage.lock(out):  # before looking at what it holds
         prepare(config, out)

@@ -74,13 +74,16 @@ def gpt_config(table: dict, path: Path) -> GPTConfig:
     return config
 
 
-def read_config(path: Path) -> GPTConfig:
-    """The shape of the model in a directory, with its parameters and FLOPs. Raises UserError."""
+def read_config(path: Path, options: dict | None = None) -> GPTConfig:
+    """The shape of the model in a directory, with its parameters and FLOPs. UserError.
+
+    `options` are those of load_model, for another family than GPT-2.
+    """
     table = storage.read_json(path / "config.json")
     if is_gpt2(table):
         return gpt_config(table, path)
     with torch.device("meta"):
-        return load_model(path, fresh=True).config
+        return load_model(path, options=options, fresh=True).config
 
 
 def vocabulary(directory: Path) -> dict | None:

@@ -125,7 +125,7 @@ def check_finite(optimizer, scaler, kept: list[Path]):
     # float16 tries smaller scales first
     if scaler.get_scale() < 1 if scaler.is_enabled() else optimizer.found_inf:
         # the updates made, without those skipped; Muon does not count
-        made = int(next(state["step"] for state in optimizer.state.values() if "step" in state))
+        made = int(next((s["step"] for s in optimizer.state.values() if "step" in s), 0))
         raise UserError(
             f"step {made}: non-finite gradient norm, so no update was made since; "
             f"last good checkpoint: {kept[-1] if kept else 'none'}; lower lr or warm up longer",

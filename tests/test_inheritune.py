@@ -289,8 +289,9 @@ def test_an_edited_setting_of_a_baseline_is_refused(finished, tmp_path, monkeypa
 @pytest.mark.parametrize(
     "wrong,words",
     [
-        (["--start_layers=5"], "start_layers 5, expand_by 1; expected 1 to 4"),
+        (["--start_layers=5"], "start_layers 5, expand_by 1, sequences 3; expected start_layers 1 to 4"),
         (["--start_layers=0"], "start_layers 0"),
+        (["--sequences=0"], "sequences 0; expected"),
         (["--expand_by=0"], "expand_by 0"),
         (["--init_from=gpt2"], "init_from, eval_only, override and teacher are"),
         (["--teacher=gpt2"], "override and teacher are"),

@@ -305,8 +305,9 @@ def test_the_same_file_by_two_spellings_and_files_of_two_kinds_are_refused(tmp_p
         (["files", "nowhere.txt"], "nowhere.txt: found no file"),
         (["python", "a.txt"], "only files has paths"),
         (["python", "--tokenizer=gpt7"], "tokenizer 'gpt7': "),
-        (["python", "--val_fraction=0"], "val: found 0 tokens in 0 of "),
-        (["python", "--val_fraction=1.5"], "train: found 0 tokens in 0 of "),
+        (["python", "--val_fraction=0"], "val_fraction 0.0; expected workers >= 1, 0 < val_fraction < 1"),
+        (["python", "--val_fraction=1.5"], "val_fraction 1.5; expected workers >= 1, 0 < val_fraction < 1"),
+        (["python", "--workers=0"], "workers 0, val_fraction 0.005; expected workers >= 1"),
         (["python", "--max_tokens=0"], "train: found 0 tokens in "),
     ],
 )
@@ -476,3 +477,11 @@ def test_a_config_that_the_repository_lacks_is_named_with_those_it_has(tmp_path,
     arguments = ["fineweb-edu", f"--repository={repository}", "--config_name=sample-1BT", "--tokenizer=bytes"]
     error = last_line(capsys, prepare(*arguments, f"--out={tmp_path / 'out'}"))
     assert "sample-1BT" in error and "sample-10BT" in error
+
+
+def test_files_in_the_output_folder_are_no_source(tmp_path, capsys):
+    (tmp_path / "novels").mkdir()
+    (tmp_path / "novels" / "a.txt").write_text("one two\n\nthree four\n" * 50)
+    command = ["files", tmp_path / "novels", "--sample_by=paragraph", f"--out={tmp_path / 'novels/data'}"]
+    assert prepare(*command, "--val_fraction=0.1") == 0
+    assert prepare(*command, "--val_fraction=0.1") == 0 and "is up to date" in capsys.readouterr().out

@@ -97,6 +97,8 @@ def draw_costs(axis, model: dict, cheap: float):
         axis.annotate(row["layer"], point, (4, 3), textcoords="offset points")
     axis.axhline(cheap, **DOTTED)
     axis.set_yscale("symlog", linthresh=max(cheap, 1e-3))  # a cost may be below zero
+    costs = [row["cost"] for row in model["layers"]]
+    axis.set_ylim(min(-cheap, 2 * min(costs)), 3 * max(cheap, *costs))  # room for the labels
     title = f"{model['name']}: cheap below the dotted line"
     axis.set(xlabel="MaxRank", ylabel="cost of the layer, nats", title=title)
 

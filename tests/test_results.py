@@ -1,0 +1,55 @@
+"""docs/results.md and README.md: what they say of real models is what results/real/ holds."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+RESULTS, README = (ROOT / "docs/results.md").read_text(), (ROOT / "README.md").read_text()
+MODELS = ("smollm2", "gemma3")
+
+
+def load(name: str) -> dict:
+    return json.loads((ROOT / f"results/real/{name}/attention.json").read_text())
+
+
+def numbers(model: str) -> dict[str, str]:
+    """Row of the table -> the cell of a model."""
+    short, long, ablated = (load(f"{model}-{kind}") for kind in ("T100", "T512", "ablation"))
+    near = [np.mean(np.array(heads) < 1.5) for heads in short["heads"]["rank"]]  # share in each layer
+    half = len(near) // 2
+    lazy = [row for row in short["layers"] if row["lazy"]]
+    left_out = {row["layer"]: row for row in ablated["layers"]}
+    costs = [left_out[row["layer"]] for row in lazy]
+    cheaper = sum(row["cost"] < costs[0]["cost"] for row in ablated["layers"])
+    rho = {name: f"{r:+.2f} (p = {p:.3f})" for name, (r, p, _) in ablated["ablation"]["spearman"].items()}
+    return {
+        "heads near rank one, first half of the layers": f"{np.mean(near[:half]):.0%}",
+        "... second half": f"{np.mean(near[half:]):.0%}",
+        "... all": f"{short['near_rank_one']:.0%}",
+        "... of the untrained twin": f"{short['untrained']['near_rank_one']:.0%}",
+        "lazy layers by ⌊MaxRank⌋ = 1 (MaxRank)": ", ".join(f"{r['layer']} ({r['max_rank']:.2f})" for r in lazy),
+        "... strictly": str(sum(row["strictly_lazy"] for row in short["layers"])),
+        "T = 512: heads near rank one": f"{long['near_rank_one']:.0%}",
+        "... lazy layers": str(sum(row["lazy"] for row in long["layers"])),
+        "cost of leaving a lazy layer out, nats": ", ".join(
+            f"{row['layer']}: {row['cost']:+.2f} ± {row['cost_se']:.2f}" for row in costs
+        ),
+        "layers that cost less than the first lazy one": f"{cheaper} of {len(ablated['layers']) - 1}",
+        "rank correlation: MaxRank and the layer's cost": rho["MaxRank with the layer's cost"],
+        "... MaxRank and its attention's cost": rho["MaxRank with its attention's cost"],
+        "... a head's rank and its cost": rho["Rank with the head's cost"],
+    }
+
+
+@pytest.mark.parametrize("row", numbers("smollm2"))
+def test_the_table_of_real_models_is_that_of_their_files(row):
+    cells = " | ".join(numbers(model)[row] for model in MODELS)
+    assert f"| {row} | {cells} |" in RESULTS
+
+
+def test_the_readme_says_what_the_table_says():
+    found = numbers("smollm2")
+    shares = [found[row] for row in ("... second half", "heads near rank one, first half of the layers")]
+    assert f"deeper half's heads, {shares[0]} have" in README and f"first half's, {shares[1]}." in README

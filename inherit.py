@@ -81,12 +81,12 @@ def parse_layers(text: str, n_layer: int) -> list[int | None]:
 
 def sliced_config(sources: list[tuple], layers: list[int | None], width=1.0) -> dict:
     """config.json of the target: its depth, lists with an entry for each layer, its width."""
-    _, config, n_layer, _ = sources[0]
-    lists = {}
-    for key, value in config.items():
-        if isinstance(value, list) and len(value) == n_layer:
-            entries = [entry for _, each, _, _ in sources for entry in each[key]]
-            lists[key] = [entries[layer or 0] for layer in layers]
+    config, lists = sources[0][1], {}
+    for key in config:
+        entries = [(each.get(key), n_layer) for _, each, n_layer, _ in sources]
+        if all(isinstance(value, list) and len(value) == n for value, n in entries):
+            joined = [entry for value, _ in entries for entry in value]
+            lists[key] = [joined[layer or 0] for layer in layers]
     depth = {key: len(layers) for key in DEPTH if key in config}
     widths = [key for key in ("n_embd", "n_head", "n_inner") if width < 1 and config.get(key)]
     return config | lists | depth | {key: round(width * config[key]) for key in widths}

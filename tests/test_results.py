@@ -55,3 +55,10 @@ def test_the_readme_says_what_the_table_says():
     cheaper = found["layers that cost less than the first lazy one"]  # "19 of 29"
     assert f"leave out {cheaper.replace(' of ', ' of the other ')}:" in " ".join(README.split())
     assert f"deeper half's heads, {shares[0]} have" in README and f"first half's, {shares[1]}." in README
+
+
+def test_the_loss_of_the_first_layers_and_the_last_is_that_of_its_curve():
+    lines = (ROOT / "results/smollm2/first-and-last.jsonl").read_text().splitlines()
+    first, *_, last = [line for line in map(json.loads, lines) if "val_loss" in line]
+    cells = f"{first['val_loss']:.2f} | {last['val_loss']:.4f} ± {last['val_se']:.4f}"
+    assert f"| the first 14 and the last | {cells} |" in RESULTS

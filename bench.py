@@ -34,7 +34,7 @@ from train import TrainConfig, learning_rate, make_optimizer, train_step, traini
 KINDS = {
     "optimizer": "adam|muon|zeropower|foreach|vector_norm|linalg_norm",
     "loss": "log_softmax|nll_loss|cross_entropy|logsumexp",
-    "attention": "bmm|softmax|attention|expand_mul",
+    "attention": "bmm|softmax|attention",
     "matrix products": "mm|linear|matmul|gemm",
     "communication": "all_?reduce|gloo|nccl",
     "norms and activations": "norm|gelu|tanh|dropout|embedding",
@@ -93,9 +93,10 @@ class Contender:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
             batches = machine.send_all(data.step_batches(tokens, config, step, rank, world_size), device)
-            model, optimizer = self.model, self.optimizer
-            how = self.scaler, config.grad_clip, self.loss_of, batches, accumulation
-            self.loss, _ = train_step(model, optimizer, *how)
+            self.loss, _ = train_step(
+                self.model, self.optimizer, self.scaler, config.grad_clip, self.loss_of, batches,
+                accumulation,
+            )
         self.turns.append((clock(device) - start) / len(steps))
 
 

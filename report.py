@@ -114,6 +114,7 @@ def rows_of(recipe: dict, out_dir: Path) -> list[dict]:
     """A row for each model, the reference first. Verifies every checkpoint. Raises UserError."""
     references = [out_dir / path for path in recipe["models"][0]["paths"]]
     final, rows = np.mean([val_losses(path).mean() for path in references]), []
+    latencies = {}  # of each shape: nothing else decides it
     for model in recipe["models"]:
         paths = [out_dir / path for path in model["paths"]]
         for path in paths:
@@ -123,6 +124,8 @@ def rows_of(recipe: dict, out_dir: Path) -> list[dict]:
         loss, error = data.mean_and_error(losses)
         each, n = seed_differences(paths, references).mean(1), len(paths)
         difference, interval = paired_difference(paths, references)
+        if str(config) not in latencies:
+            latencies[str(config)] = latency(paths[0], references[0])
         tokens, values = curve(paths)
         reached = tokens[values <= final]
         tokens_spent, flops_spent = spent(model, recipe, out_dir)
@@ -137,7 +140,7 @@ def rows_of(recipe: dict, out_dir: Path) -> list[dict]:
             "difference ± 95%": f"{difference:+.4f} ± {interval:.4f}",
             "spread, seeds": f"{each.std(ddof=1):.4f}, {n}" if n > 1 else "one seed",
             "reached": f"{reached[0] / max(1, tokens[-1]):.0%}" if len(reached) else "never",
-            "latency": f"{latency(paths[0], references[0]):.2f}",
+            "latency": f"{latencies[str(config)]:.2f}",
             "verdict": verdict(difference, interval, recipe["tolerance"]) if rows else "reference",
         }
         rows.append({

@@ -1,5 +1,6 @@
 """plumbing/muon.py: which optimizer takes which parameter, the update, the guard, resume and processes."""
 
+import itertools
 import math
 
 import pytest
@@ -117,3 +118,15 @@ def test_a_bad_gradient_at_the_very_first_update_is_one_line():
     updated(model, optimizer, math.nan)
     with pytest.raises(UserError, match="step 0: non-finite gradient norm"):
         machine.check_finite(optimizer, OFF, [])
+
+
+def test_with_a_gradient_scaler_only_a_bad_update_is_skipped():
+    """float16's way: the scaler looks at the gradients itself, and lowers its scale."""
+    model, scaler = random_model(dtype=torch.float32), torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = make_optimizer(model, TrainConfig(lr=0.1, **MUON))
+    weights = [[p.detach().clone() for p in model.parameters()]]
+    for poison in (0.0, math.inf, 0.0):
+        updated(model, optimizer, poison, scaler=scaler)
+        weights.append([p.detach().clone() for p in model.parameters()])
+    same = [all(map(torch.equal, before, after)) for before, after in itertools.pairwise(weights)]
+    assert same == [False, True, False] and scaler.get_scale() == 2.0

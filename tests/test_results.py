@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from report import paired_difference
+
 RESULTS, README = (ROOT / "docs/results.md").read_text(), (ROOT / "README.md").read_text()
 MODELS = ("smollm2", "gemma3")
 
@@ -62,3 +64,9 @@ def test_the_loss_of_the_first_layers_and_the_last_is_that_of_its_curve():
     first, *_, last = [line for line in map(json.loads, lines) if "val_loss" in line]
     cells = f"{first['val_loss']:.2f} | {last['val_loss']:.4f} ± {last['val_se']:.4f}"
     assert f"| the first 14 and the last | {cells} |" in RESULTS
+
+
+def test_what_the_last_layer_is_worth_is_the_paired_difference():
+    paths = [[ROOT / "results/smollm2" / name] for name in ("first-15", "first-and-last")]
+    difference, interval = paired_difference(*paths)
+    assert f"{difference:.2f} ± {interval:.2f} nats more" in RESULTS

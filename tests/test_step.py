@@ -201,13 +201,13 @@ def test_the_log_of_a_distilled_run_has_the_plain_validation_loss(reference, dat
 OFF = torch.amp.GradScaler("cpu", enabled=False)
 
 
-def updated(model, optimizer, poison=0.0, grad_clip=1.0) -> torch.Tensor:
+def updated(model, optimizer, poison=0.0, grad_clip=1.0, scaler=OFF) -> torch.Tensor:
     """One update from a gradient of ones, its first element plus `poison`; the norm."""
 
     def loss_of(x, y, is_last):
         return sum(p.sum() for p in model.parameters()) + poison * model.transformer.wpe.weight[0, 0]
 
-    return train_step(model, optimizer, OFF, grad_clip, loss_of, [(None, None)], 1)[1]
+    return train_step(model, optimizer, scaler, grad_clip, loss_of, [(None, None)], 1)[1]
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])

@@ -7,6 +7,7 @@ n is the reference's number of layers, k the target's. Layers count from 0. An e
 with and how it is trained. inheritune.py trains it, with the same tokens in the same order as the target.
 """
 
+import random
 from dataclasses import dataclass, field
 
 
@@ -22,10 +23,8 @@ class Baseline:
     width: float = 1.0  # the share of heads, MLP units and embedding dimensions to take
     parts: str = ""  # comma-separated parts of each layer to take: ln_1, attn, ln_2, mlp; the rest is fresh
     stable: bool = False  # inherit the source's last checkpoint before its decay, and skip the warm-up
-    moments: bool = False  # inherit AdamW's moments too
     teacher: str = ""  # distill this model
     steps: float = 1.0  # times max_steps
-    seeds: int | None = None  # how many of the recipe's seeds; None: all
     settings: dict = field(default_factory=dict)  # of train.py, where they differ
 
 
@@ -37,6 +36,8 @@ def baselines(n: int, k: int) -> dict[str, Baseline]:
     every_other += range(max(0, n - 2 - k + len(every_other)), n - 2)  # DistilBERT's; 16 of 24: ::2,18:22
     third = max(1, n // 3)
     in_place = 5 * n // 8  # of 24 layers the last 9 stay in place
+    kept = first[:-2] or first
+    grown = {"layers": kept, "source": "first layers, half the steps", "steps": 0.5, "top": "reference"}
     wsd = {"schedule": "wsd"}
     return {
         # ---- is it the layers, or the steps? (paper, table 5; the last is ours)
@@ -54,6 +55,7 @@ def baselines(n: int, k: int) -> dict[str, Baseline]:
         "random, half": Baseline(n_layer=n // 2),
         "last layers": Baseline(layers=last),
         "first layers and the last": Baseline(layers=[*first[:-1], n - 1]),  # ours
+        "layers at random": Baseline(layers=sorted(random.Random(0).sample(everything, k))),  # ours
         "middle layers": Baseline(layers=list(range((n - k) // 2, (n - k) // 2 + k))),
         "every other layer": Baseline(layers=every_other),
         "lazy layers in place": Baseline(layers=[None] * in_place + list(range(in_place, n))),
@@ -72,21 +74,14 @@ def baselines(n: int, k: int) -> dict[str, Baseline]:
         "distilled, every other layer": Baseline(layers=every_other, teacher="reference", steps=0.5),
         "distilled, inherited": Baseline(layers=first, teacher="reference", steps=0.5),
         # ---- grow while training (paper, section 1): half the steps with k - 2 layers, half with two more
-        "first layers, half the steps": Baseline(layers=first[:-2] or first, steps=0.5),
-        "grown from the target": Baseline(
-            layers=first[:-2] or first, source="first layers, half the steps", top="reference",
-            top_layers=first[-2:] if k > 2 else [], steps=0.5,
-        ),
+        "first layers, half the steps": Baseline(layers=kept, steps=0.5),
+        "grown from the target": Baseline(top_layers=first[len(kept) :], **grown),
+        "grown with the last layers": Baseline(top_layers=last[len(kept) :], **grown),
+        "grown with fresh layers": Baseline(**grown | {"layers": kept + [None] * (k - len(kept)), "top": ""}),
         # ---- warm-up, stable, decay (ours)
         "reference, WSD": Baseline(n_layer=n, settings=wsd),
         "inherited, WSD": Baseline(layers=first, source="reference, WSD", stable=True, settings=wsd),
-        "inherited with moments, WSD": Baseline(
-            layers=first, source="reference, WSD", stable=True, moments=True, settings=wsd
-        ),
         "random, twice the steps, WSD": Baseline(n_layer=k, steps=2, settings=wsd),
-        "reference, WSD, trained on": Baseline(
-            layers=everything, source="reference, WSD", stable=True, moments=True, settings=wsd
-        ),
     }
 
 
@@ -110,9 +105,7 @@ CLAIMS = [  # of the paper, then ours: text, the model that should be better, th
     ("Distilling adds to inheriting (ours)", "distilled, inherited", "target"),
     ("Growing the trained target beats one round (ours)", "grown from the target", "target"),
     ("Inheriting before the decay beats the paper's schedule (ours)", "inherited, WSD", "target"),
-    ("The optimizer's moments are worth inheriting (ours)", "inherited with moments, WSD", "inherited, WSD"),
-    ("WSD beats random, twice the steps", "inherited with moments, WSD", "random, twice the steps, WSD"),
-    ("WSD beats the reference trained on", "inherited with moments, WSD", "reference, WSD, trained on"),
+    ("Growing by trained layers beats fresh ones (ours)", "grown from the target", "grown with fresh layers"),
 ]
 
 # The paper's validation losses on OpenWebText, cut off after two digits (tables 2 to 5, figure 24), by preset

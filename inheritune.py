@@ -37,6 +37,7 @@ class RecipeConfig(TrainConfig):
     seeds: list[int] = field(default_factory=list)  # train everything with each; empty: seed
     sequences: int = 100  # of the attention analysis
     baselines: list[str] = field(default_factory=list)  # names in baselines.py
+    once: list[str] = field(default_factory=list)  # more of them, trained with the first seed alone
     paper: str = ""  # results of the paper for the report to print beside (baselines.py:PAPER)
 
     @functools.cached_property
@@ -101,7 +102,7 @@ def train_config(config: RecipeConfig, model: Baseline, seed: int, out_dir: Path
 def check(config: RecipeConfig):
     """Check every model's settings before the first step. Raises UserError."""
     models = {"reference": Baseline(n_layer=config.n)}
-    models |= wanted(config.baselines, config.n, config.first_k)
+    models |= wanted(config.baselines + config.once, config.n, config.first_k)
     if config.paper:
         configurator.check_key(config.paper, PAPER, "paper")
     base, world_size = GPTConfig(), processes.rank_and_world_size()[1]
@@ -143,7 +144,7 @@ class Models:
         settings = train_config(self.config, model, self.seed, out_dir)
         if model.layers:
             sources = [self.find(each, model.stable) for each in (model.source, model.top) if each]
-            how = {"parts": model.parts, "moments": model.moments, "width": model.width}
+            how = {"parts": model.parts, "width": model.width}
             if model.top:
                 how |= {"top": sources[1], "top_layers": model.top_layers}
             on_rank_0(inherit_once, sources[0], model.layers, out_dir / "init", how, self.seed)
@@ -184,8 +185,8 @@ def recipe(config: RecipeConfig):
     seeds = [Models(config, seed) for seed in config.seeds or [config.seed]]
     compared = []  # the models of recipe.json
 
-    def make(name: str, role: str, model: Baseline, directory: str, title: str) -> list[Path]:
-        made = [each.make(name, model, directory) for each in seeds[: model.seeds]]
+    def make(name: str, role: str, model: Baseline, directory: str, title: str, chosen=seeds):
+        made = [each.make(name, model, directory) for each in chosen]
         paths = [path for path, _ in made]
         relative = [str(path.relative_to(out_dir)) for path in paths]
         sources = [str(path.relative_to(out_dir)) for path in made[0][1]]
@@ -222,9 +223,11 @@ def recipe(config: RecipeConfig):
         return report(out_dir)
 
     on_rank_0(write_report, True)
-    for name, model in wanted(config.baselines, n, k).items():
+    always = wanted(config.baselines, n, k)
+    for name, model in wanted(config.baselines + config.once, n, k).items():
         directory = "-".join(name.replace(",", "").lower().split())
-        make(name, "baseline", model, f"{directory}-{k}", name)
+        chosen = seeds if name in always else seeds[:1]
+        make(name, "baseline", model, f"{directory}-{k}", name, chosen)
     processes.say(on_rank_0(write_report, False))
 
 

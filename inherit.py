@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors.torch import save_file
 
 from plumbing import configurator, storage
 from plumbing.configurator import UserError
@@ -40,7 +39,6 @@ class InheritConfig:
     out: str  # directory to write
     parts: str = ""  # GPT-2: comma-separated parts of blocks (ln_1, attn, ln_2, mlp); rest: fresh
     width: float = 1.0  # GPT-2: the share of heads, MLP units and dimensions to keep: the first
-    moments: bool = False  # take AdamW's state of the inherited tensors too, for train.py
     top: str = ""  # a second checkpoint of the same width, whose layers go on top
     top_layers: str = ""  # which of its layers
     seed: int = 1337  # of the fresh tensors
@@ -126,7 +124,7 @@ def open_sources(settings: InheritConfig) -> tuple[list[tuple[Path, dict, int, i
         below += n_layer
     path, config, _, _ = sources[0]
     lineage = {"reference": str(settings.reference), "sha256": storage.hashes(path)}
-    lineage |= {"parts": settings.parts or "all", "moments": settings.moments, "layers": chosen}
+    lineage |= {"parts": settings.parts or "all", "layers": chosen}
     if settings.width < 1:
         lineage["width"] = settings.width
     if settings.top:
@@ -142,13 +140,12 @@ def lineage_of(reference, layers, **others) -> dict:
     return open_sources(InheritConfig(reference, layers, "", **others))[1]
 
 
-def source_tensors(sources: list[tuple], stems: list[str], width: float) -> dict:
+def source_tensors(sources: list[tuple], width: float) -> dict:
     """Name -> tensor: the layers of all sources, counted through, and the first one's others."""
     found = {}
     for path, config, n_layer, below in sources:
         rename = storage.gpt2_key if config["model_type"] == "gpt2" else str
-        stored = [pair for stem in stems for pair in storage.read_tensors(path, stem).items()]
-        for stored_name, tensor in stored:
+        for stored_name, tensor in storage.read_tensors(path).items():
             name = rename(stored_name) or ""  # a mask has no name
             match = LAYER.match(name)
             if match and int(match[2]) < n_layer:  # beyond: predicts several tokens at once
@@ -176,8 +173,7 @@ def inherit(reference, layers, out, **others) -> Path:
     with storage.publish(out) as directory:
         table = sliced_config(sources, chosen, width)
         storage.write_json(directory / "config.json", table)
-        stems = ["model", "optimizer"] if settings.moments else ["model"]
-        tensors = source_tensors(sources, stems, width)
+        tensors = source_tensors(sources, width)
         stored = {int(match[2]) for match in map(LAYER.match, tensors) if match}
         if missing := {layer for layer in chosen if layer is not None} - stored:
             raise UserError(f"{path}: no tensors of layers {sorted(missing)}, but config.json has them")
@@ -186,12 +182,10 @@ def inherit(reference, layers, out, **others) -> Path:
             match = LAYER.match(name)
             if match and match[3].split(".")[0] not in parts.split(","):
                 origin[name] = None
-        found = {new: tensors[old] for new, old in origin.items() if old}
+        weights = {new: tensors[old] for new, old in origin.items() if old}
         if len(set(chosen)) < len(chosen):  # a file holds no tensor twice
-            found = {new: tensor.clone() for new, tensor in found.items()}
-        weights = {name: tensor for name, tensor in found.items() if "|" not in name}
-        fresh = [new for new, old in origin.items() if old is None and "|" not in new]
-        if fresh:
+            weights = {new: tensor.clone() for new, tensor in weights.items()}
+        if fresh := [new for new, old in origin.items() if old is None]:
             from plumbing import checkpoint  # imported here: only fresh layers need a model
 
             torch.manual_seed(settings.seed)
@@ -200,9 +194,6 @@ def inherit(reference, layers, out, **others) -> Path:
             weights |= {name: drawn[name].to(dtype) for name in fresh}
         storage.check_finite(path, weights)
         save_torch_state_dict(weights, directory, max_shard_size="5GB")
-        if settings.moments:  # a fresh tensor has none
-            moments = {name: tensor for name, tensor in found.items() if "|" in name}
-            save_file(moments, directory / "optimizer.safetensors")
         tensors = {name: origin[name] or f"fresh, seed {settings.seed}" for name in weights}
         storage.write_json(directory / "lineage.json", lineage | {"tensors": tensors})
         storage.copy_tokenizer(path, directory)

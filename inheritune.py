@@ -57,8 +57,8 @@ class RecipeConfig(TrainConfig):
         if not (1 <= self.first_k <= self.n and min(self.expand_by, self.sequences) >= 1):
             found = f"start_layers {self.first_k}, expand_by {self.expand_by}, sequences {self.sequences}"
             raise UserError(f"{found}; expected start_layers 1 to {self.n}, the others at least 1")
-        if self.init_from != "scratch" or self.eval_only or self.override or self.teacher:
-            raise UserError("init_from, eval_only, override and teacher are for train.py")
+        if self.init_from != "scratch" or self.override or self.teacher:
+            raise UserError("init_from, override and teacher are for train.py")
         if self.reference and self.n_layer not in (None, self.n):
             raise UserError(f"n_layer is {self.n_layer}, but {self.reference} has {self.n} layers")
 

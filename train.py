@@ -3,7 +3,7 @@
     python train.py config/demo.toml --out_dir=out/mine --max_steps=100    # a minute on a laptop's CPU
     python train.py config/demo.toml --out_dir=out/mine --max_steps=100 --resume
     torchrun --standalone --nproc_per_node=4 train.py config/demo.toml --out_dir=out/mine --micro_batch=8
-    python train.py --init_from=out/mine --data_dir=data/demo --eval_only  # its validation loss
+    python train.py --init_from=out/mine --data_dir=data/demo --out_dir=out/same --max_steps=0  # its loss
 
 It writes checkpoints (out_dir/step-*/) and out_dir/metrics.jsonl. A step is one update of the weights.
 """
@@ -28,7 +28,6 @@ import data
 from model import GPT, GPTConfig
 from plumbing import checkpoint, configurator, machine, processes, resume, storage
 from plumbing.configurator import UserError, may_change
-from plumbing.muon import MuonAndAdamW
 
 # ---- settings
 
@@ -46,7 +45,6 @@ class TrainConfig(ModelOptions):
     init_from: str = may_change("scratch")  # or a checkpoint, run or hub name; scratch:DIR: of that shape
     resume: Literal["auto", True, False] = may_change(False)  # the latest checkpoint; auto: if any
     override: str = may_change("")  # comma-separated settings allowed to differ on resume
-    eval_only: bool = may_change(False)  # print the validation loss of init_from and stop
 
     # optimization: part of the experiment. The defaults are the paper's (appendix F), but for its batch sizes
     tokens_per_step: int = 49_152  # over all processes: 48 sequences of 1,024
@@ -134,10 +132,12 @@ def training_loss(config: TrainConfig, parallel, teacher, autocast, x, y, is_las
         return distillation_loss(parallel(x), y, teacher_logits, config.alpha, config.tau)
 
 
-def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW | MuonAndAdamW:
+def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW (paper, appendix F), one kernel for all parameters; or Muon for the blocks' matrices (ours)."""
     how = {"lr": config.lr, "betas": (config.beta1, config.beta2)}
     if config.optimizer == "muon":
+        from plumbing.muon import MuonAndAdamW  # imported where it is used
+
         optimizer = MuonAndAdamW(model, config.weight_decay, **how)
     else:
         optimizer = torch.optim.AdamW(model.param_groups(config.weight_decay), fused=True, **how)
@@ -214,8 +214,7 @@ def set_up(config: TrainConfig):
     if config.teacher:
         teacher, taught_by = checkpoint.open_model(config.teacher, meta, hardware.wide, same)
     model.gradient_checkpointing = config.gradient_checkpointing
-    steps = 0 if config.eval_only else config.max_steps
-    flops = steps * config.tokens_per_step * model.config.flops_per_token()
+    flops = config.max_steps * config.tokens_per_step * model.config.flops_per_token()
     reason = machine.prepare([model, teacher] if teacher else [model], config.compile, flops, hardware)
     processes.say(
         f"{config.out_dir}: {model.config.n_layer} layers, {model.config.num_params():,} parameters from "
@@ -251,8 +250,6 @@ def loop(config: TrainConfig) -> Path:
         processes.say(f"resuming from {path}: step {start_step} of {config.max_steps}")
         if start_step == config.max_steps:
             return path
-    elif lineages["init_from"].get("moments"):
-        resume.load_optimizer(storage.resolve(config.init_from), model, optimizer)
 
     # ---- loop: `step` updates have been made
     parallel = processes.distribute(model, device)
@@ -328,20 +325,9 @@ def train(config: TrainConfig) -> Path:
         return loop(config)
 
 
-def evaluate_only(config: TrainConfig):
-    """Print the validation loss of init_from, in nats per token."""
-    hardware, _, model, _, _ = set_up(config)
-    tokens = data.open_tokens(config.data_dir, "val", model.config.block_size, model.config.vocab_size)
-    losses = evaluate(model, tokens, config.micro_batch, hardware.device, hardware.autocast)
-    mean, error = data.mean_and_error(losses)
-    processes.say(f"{config.init_from}: val loss {mean!r} ± {error:.4f}, {len(losses)} windows")
-
-
 def main():
     config = configurator.load(TrainConfig)
     with processes.process_group():
-        if config.eval_only:
-            return evaluate_only(config)
         processes.watch_signals()
         train(config)
 

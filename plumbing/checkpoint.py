@@ -244,5 +244,5 @@ def origin(path: Path) -> dict:
 
 def identity(lineage: dict) -> str | dict:
     """Identifies a run's starting weights, so that two runs can be compared: hashes and layers."""
-    keys = ("sha256", "layers", "parts", "moments", "width", "top_sha256")
+    keys = ("sha256", "layers", "parts", "width", "top_sha256")
     return {key: lineage[key] for key in keys if key in lineage} or "scratch"

@@ -28,10 +28,6 @@ def read_state(path: Path) -> dict:
 def load_optimizer(path: Path, model: GPT, optimizer: torch.optim.Optimizer):
     """Put the optimizer state of a directory into place. A parameter without one begins at zero."""
     parameters, stored = dict(model.named_parameters()), storage.read_tensors(path, "optimizer")
-    is_muon = any(name.endswith("|momentum_buffer") for name in stored)
-    if is_muon != hasattr(optimizer, "muon"):
-        kind = "muon" if is_muon else "adamw"
-        raise UserError(f"{path}: its moments are those of {kind}; set --optimizer={kind}")
     for name, tensor in stored.items():
         key, part = name.split("|")
         tensor = tensor.to(parameters[key].device)

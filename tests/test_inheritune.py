@@ -132,9 +132,9 @@ def test_the_default_is_half_of_the_reference_and_two_layers_more_each_round():
 
 
 def test_every_seed_has_its_own_reference_order_and_models(tmp_path, data_dir, monkeypatch, quick):
-    edit(monkeypatch, once=Baseline(n_layer=1, seeds=1))
+    edit(monkeypatch, alone=Baseline(n_layer=1))
     changes = {"max_steps": 2, "n_layer": 2, "tolerance": 9.0}
-    seeds = ["--seeds", "1", "2", "--baselines", "random", "once"]
+    seeds = ["--seeds", "1", "2", "--baselines", "random", "--once", "alone"]
     assert call_script(inheritune, *recipe_options(tmp_path, data_dir, **changes), *seeds) == 0
     models = {model["name"]: model for model in storage.read_json(tmp_path / "out/recipe.json")["models"]}
     for name, run in (
@@ -143,7 +143,7 @@ def test_every_seed_has_its_own_reference_order_and_models(tmp_path, data_dir, m
         ("random", "random-1"),
     ):
         assert models[name]["paths"] == [f"seed-{seed}/{run}/step-00000002" for seed in (1, 2)]
-    assert models["once"]["paths"] == ["seed-1/once-1/step-00000002"]
+    assert models["alone"]["paths"] == ["seed-1/alone-1/step-00000002"]
     for seed in (1, 2):
         reference = tensors(storage.latest(tmp_path / f"out/seed-{seed}/reference"))
         init = tensors(tmp_path / f"out/seed-{seed}/inherited-1/init")
@@ -255,7 +255,6 @@ def test_a_different_reference_is_never_mixed_with_what_the_old_one_left(finishe
         ({}, {"layers": [1]}, "layers"),
         ({}, {"layers": [None]}, "layers"),
         ({"parts": "attn"}, {"parts": "mlp"}, "parts"),
-        ({}, {"moments": True}, "moments"),
         ({}, {"source": "target"}, "sha256"),
         ({"top": "reference", "top_layers": [0]}, {"top": "target", "top_layers": [0]}, "top"),
     ],
@@ -293,7 +292,7 @@ def test_an_edited_setting_of_a_baseline_is_refused(finished, tmp_path, monkeypa
         (["--start_layers=0"], "start_layers 0"),
         (["--sequences=0"], "sequences 0; expected"),
         (["--expand_by=0"], "expand_by 0"),
-        (["--init_from=gpt2"], "init_from, eval_only, override and teacher are"),
+        (["--init_from=gpt2"], "init_from, override and teacher are"),
         (["--teacher=gpt2"], "override and teacher are"),
         (["--n_head=3"], "reference: "),
         (["--n_embd=33"], "reference: "),

@@ -11,7 +11,6 @@ from test_decoders import FAMILIES, tiny, wrapped
 from test_step import OFF, updated
 from test_train import run
 
-from inherit import inherit
 from plumbing import machine
 from plumbing.configurator import UserError
 from plumbing.muon import MuonAndAdamW
@@ -103,13 +102,6 @@ def test_two_processes_equal_one(data_dir, tmp_path):
     one, two = (load_file(p / "step-00000004" / "model.safetensors") for p in (one.parent, tmp_path / "two"))
     for key in one:  # torch's Muon computes in bfloat16, where a last bit of the gradient may decide a rounding
         torch.testing.assert_close(one[key], two[key], atol=1e-4, rtol=0)
-
-
-def test_moments_of_the_other_optimizer_are_one_line(data_dir, tmp_path):
-    source = run(data_dir, tmp_path / "source", max_steps=2)
-    inherit(source, "0:1", tmp_path / "half", moments=True)
-    with pytest.raises(UserError, match="its moments are those of adamw; set --optimizer=adamw"):
-        run(data_dir, tmp_path / "run", init_from=str(tmp_path / "half"), n_layer=1, **MUON)
 
 
 def test_a_bad_gradient_at_the_very_first_update_is_one_line():

@@ -18,7 +18,7 @@ SMALL["train.py"] = SMALL["inheritune.py"] = options(**TINY | {"n_layer": 8, "ma
 def small(command: str) -> list[str]:
     """The command with settings that make it quick; those that it has itself come later and win."""
     script, *arguments = shlex.split(command.replace("config/", f"{ROOT}/config/"))
-    extra = ["--micro_batch=4"] if "--eval_only" in arguments else SMALL.get(script, [])
+    extra = SMALL.get(script, [])
     position = 1 if arguments[0].endswith(".toml") or script == "prepare_data.py" else 0
     return [script, *arguments[:position], *extra, *arguments[position:]]
 

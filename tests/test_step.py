@@ -1,4 +1,4 @@
-"""What a step of train.py is made of: schedule, distillation, AdamW's moments, one update, the guard against NaN."""
+"""What a step of train.py is made of: schedule, distillation, one update, the guard against NaN."""
 
 import contextlib
 import math
@@ -14,7 +14,6 @@ from test_train import equal
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import inherit
 import train
 from plumbing import checkpoint, machine, storage
 from plumbing.configurator import UserError
@@ -50,7 +49,7 @@ def test_wsd_warms_up_is_stable_and_decays_linearly(max_steps, decay_fraction, w
 
 
 def test_a_longer_run_is_the_same_until_it_decays(data_dir, tmp_path):
-    """So a run that continues from its last stable checkpoint, with the moments, is the longer run itself."""
+    """So the stable checkpoint of a short run is one of the longer run too."""
     changes = {"schedule": "wsd", "eval_interval": 5, "save_interval": 5}
     short = tmp_path / "short"
     run(data_dir, short, max_steps=10, decay_fraction=0.5, keep_checkpoints=1, **changes)
@@ -146,42 +145,6 @@ def test_a_mistake_is_one_line(reference, data_dir, tmp_path, capsys, changes, w
     assert call_script(train, *options(**settings)) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1 and not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-# ---- the optimizer's moments
-
-
-def test_all_layers_with_their_moments_go_on_as_the_run_itself(data_dir, tmp_path):
-    """Inherited with moments at step 10 and given the batches of steps 10 to 20, it becomes what the run became."""
-    changes = {"schedule": "wsd", "decay_fraction": 0.0, "warmup_steps": 0}
-    straight = run(data_dir, tmp_path / "straight", **changes)
-    for moments in (True, False):
-        init = inherit.inherit(tmp_path / "straight/step-00000010", ":", tmp_path / f"init-{moments}", moments=moments)
-        settings = changes | shape_of_source() | {"init_from": str(init), "max_steps": 10}
-        with pytest.MonkeyPatch.context() as patch:
-            starts = train.data.train_starts
-            patch.setattr(train.data, "train_starts", lambda *a: starts(*a[:3], a[3] + 10, a[4]))  # noqa: B023
-            again = run(data_dir, tmp_path / f"again-{moments}", **settings)
-        ours, theirs = (load_file(path / "model.safetensors") for path in (again, straight))
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs) is moments
-
-
-def test_each_moment_comes_from_the_layer_of_its_weights(reference, tmp_path):
-    theirs = load_file(storage.latest(reference) / "optimizer.safetensors")
-    out = inherit.inherit(reference, "2,0", tmp_path / "out", parts="ln_1,attn,ln_2", moments=True)
-    ours = load_file(out / "optimizer.safetensors")
-    for key, tensor in ours.items():
-        source = key.replace(".h.0.", ".h.2.") if ".h.0." in key else key.replace(".h.1.", ".h.0.")
-        assert torch.equal(tensor, theirs[source]), key
-    assert len(ours) == 3 * (2 * 4 + 3)  # three for each parameter, none of the fresh MLPs
-    assert storage.read_json(out / "lineage.json")["moments"] is True
-
-
-def test_moments_that_are_not_there_are_missed(tmp_path):
-    checkpoint.save(tmp_path / "weights", random_model(), "bytes", 0)
-    with pytest.raises(UserError, match="optimizer.safetensors: not found"):
-        inherit.inherit(tmp_path / "weights", "0:2", tmp_path / "out", moments=True)
-    assert not (tmp_path / "out").exists()
 
 
 def test_the_log_of_a_distilled_run_has_the_plain_validation_loss(reference, data_dir, tmp_path):

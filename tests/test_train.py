@@ -278,13 +278,16 @@ def test_weights_of_a_checkpoint_start_a_run_of_their_own(reference, data_dir, t
     assert read_metrics(tmp_path / "run")[0]["val_loss"] == theirs[-1]
 
 
-def test_eval_only_prints_the_loss_and_writes_nothing(reference, data_dir, tmp_path, capsys):
+def test_no_steps_evaluate_the_model_and_keep_it_as_a_run(reference, data_dir, tmp_path, capsys):
     arguments = options(
-        init_from=reference, data_dir=data_dir, out_dir=tmp_path / "none", dtype="float32", device="cpu"
+        init_from=reference, data_dir=data_dir, out_dir=tmp_path / "same", dtype="float32", device="cpu"
     )
-    assert call_script(train, *arguments, "--eval_only") == 0
+    assert call_script(train, *arguments, "--max_steps=0") == 0
     theirs = [line["val_loss"] for line in read_metrics(reference) if "val_loss" in line]
-    assert f"val loss {theirs[-1]!r} ±" in capsys.readouterr().out and not (tmp_path / "none").exists()
+    assert f"val loss {theirs[-1]:.4f} ±" in capsys.readouterr().out
+    assert read_metrics(tmp_path / "same")[-1]["val_loss"] == theirs[-1]
+    weights = [storage.latest(path) / "model.safetensors" for path in (reference, tmp_path / "same")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 # ---- the schedule, the machine

@@ -309,8 +309,6 @@ def prepare(config: PrepareConfig, out: Path):
     if changed:
         problem = f"{out} was prepared with different {', '.join(changed)}"
         raise UserError(f"{problem}; choose a different --out or remove it")
-    if not (out / "tokenizer.json").exists():  # made before these files were
-        tokenizers.write_files(tokenizers.tokenizer(config.tokenizer), out)
     print(f"{out} is up to date")
 
 

@@ -43,9 +43,13 @@ def run(main):
         print(error if error.exit_code > 128 else f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except RuntimeError as error:
-        if "out of memory" not in str(error) and "allocate memory" not in str(error):  # CUDA; CPU
+        if "out of memory" in str(error) or "allocate memory" in str(error):  # CUDA; CPU
+            remedy = "lower --micro_batch"
+        elif type(error).__module__.startswith("torch._inductor"):  # a kill can leave half a kernel
+            remedy = "set --compile=False, or remove TORCHINDUCTOR_CACHE_DIR, /tmp/torchinductor_* by default"
+        else:
             raise
-        print(f"error: {str(error).splitlines()[0][:200]}; lower --micro_batch", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())[:200]}; {remedy}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

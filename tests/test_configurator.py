@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import pytest
+import torch
 from conftest import ROOT
 
 from plumbing import configurator
@@ -112,3 +113,16 @@ def test_a_reader_that_leaves_early_ends_a_script_without_a_word():
     assert process.stdout.read(4) == b"line"
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 141
+
+
+def test_a_compiler_that_fails_is_one_line_with_what_to_do(capsys):
+    """A kill while a kernel is compiled leaves half of it in the cache, which then fails at every start."""
+
+    def main():
+        raise torch._inductor.exc.CppCompileError(["g++", "kernel.cpp"], "file too short\nkernel.so")
+
+    with pytest.raises(SystemExit) as stopped:
+        configurator.run(main)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1 and error.count("\n") == 1
+    assert "C++ compile error" in error and "--compile=False, or remove TORCHINDUCTOR_CACHE_DIR" in error

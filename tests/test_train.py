@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 
@@ -217,6 +218,20 @@ def test_a_checkpoint_that_cannot_be_deleted_is_warned_about_and_tried_again(dat
     run(data_dir, tmp_path / "run", save_interval=5, keep_checkpoints=1)
     assert "warning: " in capsys.readouterr().out and refused[0].name == "step-00000005"
     assert [path.name for path in storage.steps(tmp_path / "run")] == ["step-00000020"]
+
+
+def test_an_out_dir_deleted_while_training_is_noticed_at_the_next_save(data_dir, tmp_path, monkeypatch):
+    rate = train.learning_rate
+
+    def delete_at_step_5(config, step):
+        if step == 5:
+            shutil.rmtree(tmp_path / "run")
+        return rate(config, step)
+
+    monkeypatch.setattr(train, "learning_rate", delete_at_step_5)
+    with pytest.raises(UserError, match="step-00000010 was not written: No such file or directory"):
+        run(data_dir, tmp_path / "run", save_interval=10)
+    assert not (tmp_path / "run").exists()
 
 
 # ---- what a run leaves

@@ -1,6 +1,6 @@
 """Rank and column mass of attention matrices, by layer and head (paper, section 2, appendix C).
 
-    python analyze_attention.py out/demo/reference --compare=out/demo/inherited-4 --data_dir=data/demo
+    python analyze_attention.py out/demo/reference --data_dir=data/demo --compare=out/demo/random-4
     python analyze_attention.py some/llama --data_dir=data/llama --heads=7.16    # any decoder
     python analyze_attention.py out/demo/reference --data_dir=data/demo --ablate    # costs too
 
@@ -34,14 +34,14 @@ class AnalyzeConfig:
     model: tyro.conf.Positional[str]  # a checkpoint, a run directory or a name on the hub
     compare: str = ""  # a second model to put beside it
     data_dir: str = "data/python"  # made by prepare_data.py, with the model's tokenizer
-    out: str = ""  # directory of the results; default MODEL/attention, or out/MODEL/attention for a hub name
+    out: str = ""  # of the results; default MODEL/attention, out/MODEL/attention for a hub name
     seq_len: int = 100  # T; the model's block_size if that is shorter
     sequences: int = 100  # N random windows of the validation text; fewer if the text is short
-    tau: str = "0.9"  # comma-separated; the main one is 0.9, else the largest; MaxRank is measured at each
+    tau: str = "0.9"  # comma-separated: MaxRank at each; the main one is 0.9, else the largest
     groups: str = ""  # layer ranges for AvgRank, such as 0:4,4:8,8:12; default: thirds of the depth
-    heads: str = ""  # heads to draw (layer.head), such as 7.16,29.16; default: most and least collapsed
-    ablate: bool = False  # the loss without each layer, its attention, each head too: heads x layers passes
-    cheap_below: float = 0.02  # with ablate: a layer that costs less, in nats per token, counts as cheap
+    heads: str = ""  # to draw (layer.head), such as 7.16,29.16; default: most and least collapsed
+    ablate: bool = False  # the loss without each layer, attention, head: heads x layers passes
+    cheap_below: float = 0.02  # ablate: nats per token below which a layer counts as cheap
     micro_batch: int = 10  # sequences at a time; affects memory only
     device: str = "auto"
     seed: int = 0  # of the random windows
@@ -51,7 +51,7 @@ class AnalyzeConfig:
 
 
 def k_star(attention: torch.Tensor, tau: float = 0.90) -> torch.Tensor:
-    """The least k whose k largest sigma² reach tau · sum of sigma²: (..., T, T) -> (...). Definition G.1.
+    """Definition G.1: the least k whose k largest sigma² reach tau · their sum: (..., T, T) -> (...).
 
     The reference for plumbing/fast_rank.py, which computes the same number faster.
     """
@@ -61,7 +61,7 @@ def k_star(attention: torch.Tensor, tau: float = 0.90) -> torch.Tensor:
 
 
 def m_star(attention: torch.Tensor, eta: float = 0.90) -> torch.Tensor:
-    """The fewest columns with eta of the squared mass ‖A‖_F²: (..., T, T) -> (...). Paper, appendix C."""
+    """The fewest columns with eta of ‖A‖_F²: (..., T, T) -> (...). Paper, appendix C."""
     mass = attention.double().square().sum(-2).sort(-1, descending=True).values  # ‖A_:,j‖² (..., T)
     return (mass.cumsum(-1) / mass.sum(-1, keepdim=True) < eta).sum(-1) + 1
 
@@ -82,7 +82,7 @@ class Measure(NamedTuple):
         return f"{'max' if self.over_heads == 'max' else 'avg'}_{self.name}"
 
 
-MEASURES = [  # the table, the files, the figures, train.py --track_rank and stored() follow this list
+MEASURES = [  # table, files, figures, train.py --track_rank and stored() follow this list
     Measure("rank", fast_rank, "max", "MaxRank"),  # paper, section 2
     Measure("mass", m_star, "mean", "AvgMass"),  # paper, appendix C
     Measure("sink", sink, "mean", "sink"),
@@ -97,7 +97,7 @@ def measures_at(taus: list[float]) -> list[Measure]:
 
 
 def over_heads(values_HS: np.ndarray, how: str) -> tuple[float, float]:
-    """A layer's number and its standard error: the mean over sequences, then max or mean over heads.
+    """A layer's number and standard error: the mean over sequences, then max or mean over heads.
 
     Rank(h, l) is the mean over sequences, MaxRank(l) the largest Rank(h, l): definition G.1.
     """
@@ -106,13 +106,13 @@ def over_heads(values_HS: np.ndarray, how: str) -> tuple[float, float]:
 
 
 def summarize(values: dict[int, dict[str, np.ndarray]], measures: list[Measure], groups: list) -> dict:
-    """From the values {layer: {measure: (H, S)}} of a model: its layers, groups of layers, and heads."""
+    """From the values {layer: {measure: (H, S)}} of a model: its layers, groups and heads."""
     rows, heads = [], {m.name: [v[m.name].mean(1).tolist() for v in values.values()] for m in measures}
     for layer, by_name in values.items():
         row = {"layer": layer}
         for m in measures:
             row[m.key], row[f"{m.key}_se"] = over_heads(by_name[m.name], m.over_heads)
-        row["near_rank_one"] = float((by_name["rank"].mean(1) < 1.5).mean())  # share of heads; 1.5 is ours
+        row["near_rank_one"] = float((by_name["rank"].mean(1) < 1.5).mean())  # 1.5 is ours
         row["strictly_lazy"] = row["max_rank"] < 1 + 1e-9  # MaxRank = 1, the paper's lazy layer
         row["lazy"] = row["max_rank"] < 2  # floor(MaxRank) = 1, the paper's criterion for a group
         rows.append(row)
@@ -140,7 +140,7 @@ def random_windows(tokens: np.ndarray, T: int, N: int, seed: int, begin: list) -
 
 
 def visit_attention(model: torch.nn.Module, idx: torch.Tensor, visit):
-    """Call visit(layer, A (B, H, T, T)) for each layer with attention, one at a time, on idx (B, T).
+    """Call visit(layer, A (B, H, T, T)) for each layer with attention in turn, on idx (B, T).
 
     Raises UserError, exit code 1, if a matrix is not what the measures are defined for.
     """
@@ -163,7 +163,7 @@ def measure(model: torch.nn.Module, idx: torch.Tensor, measures: list[Measure], 
     found: dict[int, dict[str, list]] = {}
 
     def visit(layer: int, A: torch.Tensor):  # (B, H, T, T)
-        A = A.float().cpu() if A.device.type == "mps" else A.float()  # MPS has neither float64 nor eigvalsh
+        A = A.float().cpu() if A.device.type == "mps" else A.float()  # MPS: no float64, no eigvalsh
         for m in measures:
             found.setdefault(layer, {}).setdefault(m.name, []).append(m.function(A).cpu().double().numpy().T)
 
@@ -173,7 +173,7 @@ def measure(model: torch.nn.Module, idx: torch.Tensor, measures: list[Measure], 
 
 
 def track(model: torch.nn.Module, val_tokens: np.ndarray, sequences: int = 8) -> dict:
-    """What train.py --track_rank logs: {label: [number of each layer]}, on the same random windows each time.
+    """What train.py --track_rank logs: {label: [number of each layer]}, always on the same windows.
 
     Leaves the model's mode and the global random state unchanged.
     """
@@ -186,7 +186,7 @@ def track(model: torch.nn.Module, val_tokens: np.ndarray, sequences: int = 8) ->
 
 
 def pictures(model: torch.nn.Module, idx: torch.Tensor, values: dict, heads: list) -> list[dict]:
-    """The matrices (T, T) of heads (layer, head) on idx (1, T); default: the least and the largest Rank."""
+    """The matrices (T, T) of heads (layer, head) on idx (1, T); default: least and largest Rank."""
     ranks = {(i, h): r for i, by_name in values.items() for h, r in enumerate(by_name["rank"].mean(1))}
     extremes = [min(ranks, key=ranks.get), max(ranks, key=ranks.get)]
     chosen, found = [tuple(head) for head in heads if tuple(head) in ranks] or extremes, {}
@@ -202,7 +202,7 @@ def pictures(model: torch.nn.Module, idx: torch.Tensor, values: dict, heads: lis
 
 
 def identity(config: AnalyzeConfig) -> dict:
-    """All that the numbers depend on: an analysis is reused only if this is unchanged. UserError."""
+    """All that the numbers depend on. With this unchanged, an analysis is reused. UserError."""
     try:
         taus = sorted(map(float, config.tau.split(",")), key=lambda tau: (tau != 0.9, -tau))
         pairs = [each.split(":") for each in config.groups.split(",") if each]

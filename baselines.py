@@ -73,6 +73,7 @@ def baselines(n: int, k: int) -> dict[str, Baseline]:
         "distilled, random": Baseline(n_layer=k, teacher="reference", steps=0.5),
         "distilled, every other layer": Baseline(layers=every_other, teacher="reference", steps=0.5),
         "distilled, inherited": Baseline(layers=first, teacher="reference", steps=0.5),
+        "inherited, distilled first": Baseline(layers=first, source="distilled, inherited", steps=0.5),
         # ---- grow while training (paper, section 1): half the steps with k - 2 layers, half with two more
         "first layers, half the steps": Baseline(layers=kept, steps=0.5),
         "grown from the target": Baseline(top_layers=first[len(kept) :], **grown),
@@ -103,6 +104,7 @@ CLAIMS = [  # of the paper, then ours: text, the model that should be better, th
     ("The first layers transfer more than the last (ours)", "target", "last layers"),
     ("Keeping the last layer adds to inheriting (ours)", "first layers and the last", "target"),
     ("Distilling adds to inheriting (ours)", "distilled, inherited", "target"),
+    ("Distilling first adds to inheriting (ours)", "inherited, distilled first", "target"),
     ("Growing the trained target beats one round (ours)", "grown from the target", "target"),
     ("Inheriting before the decay beats the paper's schedule (ours)", "inherited, WSD", "target"),
     ("Growing by trained layers beats fresh ones (ours)", "grown from the target", "grown with fresh layers"),

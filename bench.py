@@ -4,9 +4,9 @@
     python bench.py config/demo.toml --against=../nanoGPT      # beside a nanoGPT-like model.py
     python bench.py config/demo.toml --profile                 # shares of a step by kind of operation
 
-The settings are train.py's, and so is the step: train.py:train_step is timed, for ours and for peers. Tokens
-are random, since no speed depends on them. Contenders take turns on the same batches, so a machine that slows
-down slows them all. What is printed are medians over turns.
+The settings are train.py's, and so is the step: train.py:train_step is timed, for ours and for
+peers. Tokens are random, since no speed depends on them. Contenders take turns on the same batches,
+so a machine that slows down slows them all. What is printed are medians over turns.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ class BenchConfig(TrainConfig):
     """Measure the training of one GPT-2 of fresh weights, set as for train.py."""
 
     profile: bool = False  # print the shares of a step by kind of operation instead
-    against: str = ""  # comma-separated directories with a nanoGPT-like model.py: train these too, in turn
+    against: str = ""  # comma-separated directories with a nanoGPT-like model.py: train these too
     steps: int = 3  # updates in a turn
     rounds: int = 7  # turns of each contender, after two updates to warm up
 
@@ -63,7 +63,7 @@ def clock(device: torch.device) -> float:
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The best FLOP/s of a product of two square matrices, over some sizes: the peak that MFU refers to."""
+    """The best FLOP/s of a product of two square matrices: the peak that MFU refers to."""
     best = 0.0
     for n in (1024, 2048, 4096) if device.type == "cpu" else (4096, 8192):
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -115,7 +115,7 @@ def ours(config: TrainConfig, hardware: machine.Hardware) -> Contender:
 
 
 def peer(directory: str, config: TrainConfig, hardware: machine.Hardware, compiled: bool) -> Contender:
-    """A nanoGPT-like model and optimizer, as nanoGPT runs them, from our weights. Raises UserError."""
+    """A nanoGPT-like model and optimizer, as nanoGPT runs them, from our weights. UserError."""
     path, device = Path(directory) / "model.py", hardware.device
     if not path.is_file():
         raise UserError(f"against: {path} does not exist; name a directory with a nanoGPT-like model.py")
@@ -150,7 +150,7 @@ def peer(directory: str, config: TrainConfig, hardware: machine.Hardware, compil
 
 
 def report(contenders: list[Contender], config: TrainConfig, flops: float, peak: float):
-    """Print speeds, ratios to the better of each pair of peers, and model FLOPs utilization (MFU)."""
+    """Print speeds, ratios to the better of each pair of peers, and the MFU (of peak FLOP/s)."""
     processes.say(f"\n{'':30s} tokens/s   lowest  highest  ms a step    loss")
     for each in contenders:
         speed = np.sort(config.tokens_per_step / np.array(each.turns))
@@ -168,7 +168,7 @@ def report(contenders: list[Contender], config: TrainConfig, flops: float, peak:
 
 
 def profile(contender: Contender, config: BenchConfig, tokens: np.ndarray, device: torch.device):
-    """Print the share of each kind of operation in the time of some steps, and its slowest operations."""
+    """Print the share of each kind of operation in the time of some steps, and its slowest."""
     with torch.profiler.profile() as profiler:
         contender.take_turn(range(2, 2 + config.steps), config, tokens, device)
     total, found = contender.turns[-1] * config.steps * 1e6, {}  # microseconds

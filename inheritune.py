@@ -118,6 +118,8 @@ def check(config: RecipeConfig):
             other_family = type(base) is not GPTConfig and (model.parts or model.width < 1)
             if other_family or model.width * shape.n_head % 1:
                 raise ValueError("parts and width are for GPT-2, and a width needs whole heads")
+            if model.stable and config.reference:
+                raise ValueError("a trained reference has no checkpoint before its decay")
             tokens, micro_batch = settings.tokens_per_step, settings.micro_batch
             data.accumulation(tokens, micro_batch, shape.block_size, world_size)
         except (ValueError, TypeError, UserError) as error:  # TypeError: no such setting

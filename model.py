@@ -3,8 +3,8 @@
     python -c "from model import GPTConfig; print(GPTConfig(n_layer=24, n_head=16, n_embd=1024).num_params())"
     python -m pytest tests/test_model.py        # equals transformers' GPT-2 in float64, gradients too
 
-Every name is GPT-2's own, so a parameter here and a tensor in a Hugging Face GPT-2 checkpoint have the same
-key ("transformer.h.0.attn.c_attn.weight"). A method that copies layers between models needs little else.
+Every name is GPT-2's own, so a parameter here and a tensor in a Hugging Face GPT-2 checkpoint have
+the same key ("transformer.h.0.attn.c_attn.weight"). Copying layers between models needs little else.
 
 B batch   T time   C n_embd   nh heads   hs head size   L layers   V vocabulary
 """
@@ -17,8 +17,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# On a CPU in bfloat16, matrix products take half the time of the fused kernel. They hold the (T, T) matrices,
-# so from some length on they need too much memory.
+# On a CPU in bfloat16, matrix products take half the time of the fused kernel. They hold the
+# (T, T) matrices, so from some length on they need too much memory.
 PRODUCTS_UP_TO = 512  # T
 
 
@@ -48,7 +48,7 @@ class GPTConfig:
         """Parameters, each counted once: the head is the token embedding."""
         C, biases = self.n_embd, 1 if self.bias else 0
         layer_norm = C + biases * C
-        block = 12 * C * C + biases * 9 * C + 2 * layer_norm  # 3C² + C² for attention, 4C² + 4C² for the MLP
+        block = 12 * C * C + biases * 9 * C + 2 * layer_norm  # 3C² + C² attention, 4C² + 4C² MLP
         return self.vocab_size * C + self.block_size * C + self.n_layer * block + layer_norm
 
     def flops_per_token(self) -> int:
@@ -61,7 +61,7 @@ class GPTConfig:
         return 6 * matmul_weights + 12 * self.n_layer * self.n_embd * self.block_size
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # One block
 
 
@@ -83,7 +83,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.heads(x)
-        dropout_p = self.dropout if self.training else 0.0  # the functions below do not know the mode
+        dropout_p = self.dropout if self.training else 0.0
         if x.device.type == "cpu" and q.dtype == torch.bfloat16 and x.shape[1] <= PRODUCTS_UP_TO:
             y = F.dropout(self.attention_weights(q, k), dropout_p) @ v  # (B, nh, T, T) @ (B, nh, T, hs)
         else:
@@ -98,7 +98,7 @@ class CausalSelfAttention(nn.Module):
         return (logits + future).softmax(-1)  # a sum compiles to faster code than masked_fill
 
     def matrix(self, x):
-        """The attention matrices (B, nh, T, T) of x (B, T, C), which the fused kernel never holds."""
+        """The attention matrices (B, nh, T, T) of x (B, T, C). The fused kernel never holds them."""
         q, k, _ = self.heads(x)
         return self.attention_weights(q, k)
 
@@ -134,13 +134,13 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The model
 
 
 def token_losses(logits, targets, reduction="mean"):
-    """Cross-entropy in nats of logits (B, T, V) and targets (B, T): a scalar, or (B, T) for "none"."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # never a loss in half precision
+    """Cross-entropy, nats, of logits (B, T, V), targets (B, T): a scalar, or (B, T) for "none"."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # not in half
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
     return loss.view_as(targets) if reduction == "none" else loss
 
@@ -151,17 +151,17 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # keep only a block's input, compute the rest again in backward
+        self.gradient_checkpointing = False  # keep a block's input alone, compute it again
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),  # also the head: the weights are tied
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),  # also the head
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
                 "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
             }
         )
-        residual_std = 0.02 / math.sqrt(2 * config.n_layer)  # GPT-2 paper, 2.3: two residual branches a layer
+        residual_std = 0.02 / math.sqrt(2 * config.n_layer)  # GPT-2 paper, 2.3: two branches a layer
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -169,7 +169,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=residual_std if name.endswith("c_proj.weight") else 0.02)
 
     def embed(self, idx):
-        """Token ids (B, T) -> what the first block reads (B, T, C). Raises ValueError if T > block_size."""
+        """Token ids (B, T) -> what the first block reads (B, T, C). ValueError if T > block_size."""
         T = idx.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens is longer than block_size {self.config.block_size}")
@@ -177,7 +177,7 @@ class GPT(nn.Module):
         return self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
 
     def forward(self, idx, targets=None, reduction="mean"):
-        """Logits (B, T, V); with targets (B, T) the cross-entropy in nats: a scalar, or (B, T) for "none"."""
+        """Logits (B, T, V); with targets (B, T) the cross-entropy in nats (token_losses)."""
         x = self.embed(idx)
         for block in self.transformer.h:
             x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing else block(x)
@@ -203,7 +203,7 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens: int, temperature=1.0, top_k: int | None = None):
         """Continue idx (B, T >= 1) by max_new_tokens sampled tokens; sees the last block_size at most.
 
-        Temperature 0 takes the likeliest token. ValueError for an empty prompt, temperature < 0, top_k < 1.
+        Temperature 0 takes the likeliest. ValueError: an empty prompt, temperature < 0, top_k < 1.
         """
         if idx.shape[1] == 0 or not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
             raise ValueError(
@@ -218,7 +218,7 @@ class GPT(nn.Module):
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)
             else:
-                logits = logits - logits.amax(-1, keepdim=True)  # no overflow, however low the temperature
+                logits = logits - logits.amax(-1, keepdim=True)  # no overflow at a low temperature
                 token = torch.multinomial((logits / max(temperature, 1e-6)).softmax(-1), 1)
             idx = torch.cat([idx, token], dim=1)
         return idx

@@ -1,11 +1,11 @@
 """Train one model: from scratch, from a checkpoint, or resumed. Start reading at `loop`.
 
-    python train.py config/demo.toml --out_dir=out/mine --max_steps=100    # a minute on a laptop's CPU
+    python train.py config/demo.toml --out_dir=out/mine --max_steps=100  # a minute on a CPU
     python train.py config/demo.toml --out_dir=out/mine --max_steps=100 --resume
-    torchrun --standalone --nproc_per_node=4 train.py config/demo.toml --out_dir=out/mine --micro_batch=8
-    python train.py --init_from=out/mine --data_dir=data/demo --out_dir=out/same --max_steps=0  # its loss
+    torchrun --standalone --nproc_per_node=4 train.py config/demo.toml --micro_batch=8
+    python train.py --init_from=out/mine --data_dir=data/demo --max_steps=0  # only evaluate it
 
-It writes checkpoints (out_dir/step-*/) and out_dir/metrics.jsonl. A step is one update of the weights.
+It writes checkpoints (out_dir/step-*/) and out_dir/metrics.jsonl. A step is one update.
 """
 
 import contextlib
@@ -38,22 +38,22 @@ ModelOptions = make_dataclass("ModelOptions", OPTIONS)
 
 @dataclass
 class TrainConfig(ModelOptions):
-    """Train one GPT-2 on a prepared data directory. Model options that are not set are those of init_from."""
+    """Train one model on a prepared data directory. Model options not set: those of init_from."""
 
     out_dir: str = may_change("out/run")  # checkpoints and metrics
     data_dir: str = may_change("data/python")  # made by prepare_data.py; its tokens may not change
-    init_from: str = may_change("scratch")  # or a checkpoint, run or hub name; scratch:DIR: of that shape
+    init_from: str = may_change("scratch")  # or a checkpoint, run, hub name; scratch:DIR: its shape
     resume: Literal["auto", True, False] = may_change(False)  # the latest checkpoint; auto: if any
     override: str = may_change("")  # comma-separated settings allowed to differ on resume
 
-    # optimization: part of the experiment. The defaults are the paper's (appendix F), but for its batch sizes
+    # optimization: part of the experiment. The defaults are the paper's (appendix F)
     tokens_per_step: int = 49_152  # over all processes: 48 sequences of 1,024
     max_steps: int = 100_000  # updates; 0: evaluate init_from and save it as a run of no steps
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices (ours)
     lr: float = 6e-4  # peak learning rate, reached after the warm-up
     min_lr: float = 1e-5  # at the end of the schedule
     warmup_steps: int = 2_000
-    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, then a linear decay (ours)
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, linear decay (ours)
     decay_fraction: float = 0.5  # wsd: the share of max_steps, at the end, in which the rate decays
     beta1: float = 0.9
     beta2: float = 0.95
@@ -61,7 +61,7 @@ class TrainConfig(ModelOptions):
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     seed: int = 1337  # of the fresh weights, the order of the data and dropout
 
-    # distillation: the loss is alpha * cross-entropy + (1 - alpha) * tau^2 * KL to the teacher (appendix D)
+    # distillation: alpha * cross-entropy + (1 - alpha) * tau^2 * KL to the teacher (appendix D)
     teacher: str = may_change("")  # a checkpoint, a run directory or a name on the hub
     alpha: float = 0.6
     tau: float = 1.0  # temperature of both distributions
@@ -74,13 +74,13 @@ class TrainConfig(ModelOptions):
     log_interval: int = may_change(10)  # steps between lines in metrics.jsonl
     track_rank: bool = may_change(False)  # log every layer's attention measures at each evaluation
     device: str = may_change("auto")  # cuda, mps or cpu
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of the arithmetic
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of products
     compile: Literal["auto", True, False] = may_change("auto")  # torch.compile
     gradient_checkpointing: bool = may_change(False)  # less memory, a third slower
-    deterministic: bool = may_change(False)  # GPU: the same bits again, slower; a CPU gives them anyway
+    deterministic: bool = may_change(False)  # GPU: the same bits again, slower; a CPU: always
 
     def __post_init__(self):
-        self.out_dir = str(Path(self.out_dir).expanduser())  # a shell does not expand --out_dir=~/run
+        self.out_dir = str(Path(self.out_dir).expanduser())  # --out_dir=~/run
         positive = "tokens_per_step micro_batch eval_interval save_interval log_interval keep_checkpoints"
         limits = dict.fromkeys(positive.split(), (1, math.inf))
         limits |= dict.fromkeys(("max_steps", "seed", "grad_clip", "weight_decay"), (0, math.inf))
@@ -95,14 +95,14 @@ class TrainConfig(ModelOptions):
 
 
 def stable_steps(config: TrainConfig) -> int:
-    """The number of updates before the learning rate of a "wsd" schedule begins to decay; 0 for a cosine."""
+    """Updates before the learning rate of a "wsd" schedule begins to decay; 0 for a cosine."""
     if config.schedule == "cosine":
         return 0
     return config.max_steps - round(config.decay_fraction * config.max_steps)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Rate of update `step`, from 0: warm-up, then a cosine (appendix F), or stable and linear decay."""
+    """Rate of update `step`, from 0: warm-up, then a cosine (appendix F), or stable and decay."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     start = stable_steps(config) or config.warmup_steps
@@ -112,7 +112,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def distillation_loss(logits, targets, teacher_logits, alpha: float, tau: float):
-    """Nats per token, a scalar, of logits (B, T, V), targets (B, T). Paper, appendix D; arXiv 1503.02531."""
+    """Nats per token, of logits (B, T, V), targets (B, T). Paper, appendix D; arXiv 1503.02531."""
     wide = torch.promote_types(logits.dtype, torch.float32)  # no loss in half precision
     logits, teacher_logits = (t.to(wide).flatten(0, 1) for t in (logits, teacher_logits))  # (B*T, V)
     student, teacher = (F.log_softmax(t / tau, dim=-1) for t in (logits, teacher_logits))
@@ -122,7 +122,7 @@ def distillation_loss(logits, targets, teacher_logits, alpha: float, tau: float)
 
 
 def training_loss(config: TrainConfig, parallel, teacher, autocast, x, y, is_last: bool):
-    """The loss of a micro-batch (B, T), a scalar. DDP averages gradients only on the last one of a step."""
+    """The loss of a micro-batch (B, T). DDP averages gradients only on the last one of a step."""
     parallel.require_backward_grad_sync = is_last
     with autocast:
         if teacher is None:
@@ -133,7 +133,7 @@ def training_loss(config: TrainConfig, parallel, teacher, autocast, x, y, is_las
 
 
 def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (paper, appendix F), one kernel for all parameters; or Muon for the blocks' matrices (ours)."""
+    """AdamW (paper, appendix F), one kernel for all parameters; or Muon and AdamW (ours)."""
     how = {"lr": config.lr, "betas": (config.beta1, config.beta2)}
     if config.optimizer == "muon":
         from plumbing.muon import MuonAndAdamW  # imported where it is used
@@ -146,11 +146,11 @@ def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 def train_step(model, optimizer, scaler, grad_clip, loss_of, batches, accumulation):
-    """One update on `accumulation` micro-batches (x, y). Returns (loss, gradient norm), on the device.
+    """One update on `accumulation` micro-batches (x, y): (loss, gradient norm), on the device.
 
     loss_of(x, y, is_last) is a mean over tokens.
-    Once a gradient norm is non-finite, the optimizer's kernel skips this and all later updates, so the CPU
-    need not wait for the device at each step. With a GradScaler (float16) only that one is skipped.
+    Once a gradient norm is non-finite, the optimizer's kernel skips this and all later updates, so
+    the CPU need not wait for the device. With a GradScaler (float16) only that one is skipped.
     """
     total = 0.0
     for i, (x, y) in enumerate(batches, start=1):
@@ -158,8 +158,8 @@ def train_step(model, optimizer, scaler, grad_clip, loss_of, batches, accumulati
         scaler.scale(loss).backward()
         total = total + loss.detach()
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)  # 0: no clipping
-    if hasattr(optimizer, "found_inf") and not scaler.is_enabled():  # an enabled scaler sets it itself
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    if hasattr(optimizer, "found_inf") and not scaler.is_enabled():  # else it sets it
         optimizer.found_inf = torch.maximum(optimizer.found_inf, (~grad_norm.isfinite()).float())
     scaler.step(optimizer)
     scaler.update()
@@ -169,7 +169,7 @@ def train_step(model, optimizer, scaler, grad_clip, loss_of, batches, accumulati
 
 @torch.no_grad()
 def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast) -> np.ndarray:
-    """Loss of every validation window, in nats per token: float64 (windows,). Each process does its share."""
+    """Loss of every validation window, nats per token: float64 (windows,). Processes share them."""
     rank, world_size = processes.rank_and_world_size()
     T = model.config.block_size
     starts = data.val_starts(len(tokens), T)
@@ -189,11 +189,11 @@ def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast)
 
 
 def save(config: TrainConfig, meta: dict, model, optimizer, scaler, state: dict, lineage: dict, losses):
-    """Publish a checkpoint with all that resuming needs, and delete older ones. Returns its path."""
+    """Publish a checkpoint with all that resuming needs, and delete older ones. Its path."""
     path, device = Path(config.out_dir) / f"step-{state['step']:08d}", next(model.parameters()).device
     state |= {"scaler": scaler.state_dict(), "settings": asdict(config), "versions": machine.versions(device)}
     files = {"trainer_state.json": state} | ({"lineage.json": lineage} if lineage else {})
-    if losses is not None:  # of every validation window, so that two models can be compared pair by pair
+    if losses is not None:  # of every validation window: models are compared pair by pair
         windows = {"data": state["made_from"]["data"]["val"], "block_size": config.block_size}
         files["val_losses.json"] = windows | {"losses": losses.tolist()}
     tokenizer = meta["tokenizer"], meta["eot"]
@@ -204,7 +204,7 @@ def save(config: TrainConfig, meta: dict, model, optimizer, scaler, state: dict,
 
 
 def set_up(config: TrainConfig):
-    """(hardware, the data's meta.json, model, teacher or None, where both come from). Raises UserError."""
+    """(hardware, the data's meta.json, model, teacher or None, where both come from). UserError."""
     hardware = machine.pick(config.device, config.dtype, config.deterministic)
     meta = processes.on_rank_0(data.verify, config.data_dir)
     options = {f.name: value for f in fields(GPTConfig) if (value := getattr(config, f.name)) is not None}
@@ -224,7 +224,7 @@ def set_up(config: TrainConfig):
 
 
 def loop(config: TrainConfig) -> Path:
-    """Inheritune step 2 (train): until max_steps or a signal. Returns the last checkpoint. UserError."""
+    """Inheritune step 2 (train): until max_steps or a signal. The last checkpoint. UserError."""
     # ---- set up: machine, data, model, optimizer
     hardware, meta, model, teacher, lineages = set_up(config)
     config = replace(config, dtype=str(hardware.dtype), **asdict(model.config))  # no None and no "auto"
@@ -235,7 +235,7 @@ def loop(config: TrainConfig) -> Path:
     accumulation = data.accumulation(config.tokens_per_step, config.micro_batch, T, world_size)
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=hardware.dtype == torch.float16)
-    teacher_flops = teacher.config.flops_per_token() // 3 if teacher else 0  # forward: 2 of 6 for each weight
+    teacher_flops = teacher.config.flops_per_token() // 3 if teacher else 0  # forward alone
     flops_per_token = model.config.flops_per_token() + teacher_flops
 
     # ---- resume
@@ -319,7 +319,7 @@ def loop(config: TrainConfig) -> Path:
 
 
 def train(config: TrainConfig) -> Path:
-    """Train with out_dir locked. Returns the last checkpoint. Raises UserError, also after a signal."""
+    """Train with out_dir locked. Returns the last checkpoint. UserError, also after a signal."""
     is_rank_0 = processes.rank_and_world_size()[0] == 0
     with storage.lock(config.out_dir) if is_rank_0 else contextlib.nullcontext():
         return loop(config)

@@ -1,13 +1,13 @@
 """A checkpoint is a Hugging Face directory: save and load models, and what a run needs to resume.
 
-    python -c "from plumbing import checkpoint; print(checkpoint.load_model('out/demo/reference').config)"
-    python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained('out/.../step-00000400')"
+    python -c "from plumbing import checkpoint as c; print(c.load_model('out/demo/reference').config)"
+    python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained('out/.../step-400')"
 
 config.json            GPT2Config's fields, and ours: bias, tokenizer
 tokenizer.json         and tokenizer_config.json, copied from the data directory
 model.safetensors      float32, GPT-2's keys, Conv1D layout (in, out), the tied head stored once
-optimizer.safetensors  "<key>|exp_avg", "<key>|exp_avg_sq", "<key>|step", or Muon's "<key>|momentum_buffer",
-                       in the layout of the weights
+optimizer.safetensors  "<key>|exp_avg", "<key>|exp_avg_sq", "<key>|step", or Muon's
+                       "<key>|momentum_buffer", in the layout of the weights
 trainer_state.json     step, tokens, settings, data, versions
 val_losses.json        the loss of every validation window
 lineage.json           where each tensor came from, if it was inherited
@@ -25,9 +25,9 @@ from model import GPT, GPTConfig
 from plumbing import storage
 from plumbing.configurator import UserError
 
-CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored (in, out) by GPT-2, (out, in) by nn.Linear
-RENAMED = {"block_size": "n_positions", "dropout": "resid_pdrop"}  # GPTConfig's names -> GPT2Config's
-FIXED = {  # what model.py computes, in GPT2Config's words: the value we write, then others that mean the same
+CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # GPT-2: (in, out); nn.Linear: (out, in)
+RENAMED = {"block_size": "n_positions", "dropout": "resid_pdrop"}  # ours -> GPT2Config's
+FIXED = {  # what model.py computes, in GPT2Config's words: the value we write, then its synonyms
     "model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "n_inner": [None],
     "layer_norm_epsilon": [1e-5], "scale_attn_weights": [True], "tie_word_embeddings": [True],
     "add_cross_attention": [False],
@@ -38,7 +38,7 @@ FIXED = {  # what model.py computes, in GPT2Config's words: the value we write, 
 
 
 def hf_config(config: GPTConfig, tokenizer: str, eot: int) -> dict:
-    """config.json of a model. Every option of GPTConfig is in it, under GPT2Config's name if it has one."""
+    """config.json of a model. It has every option of GPTConfig, under GPT2Config's name if any."""
     fixed = {key: values[0] for key, values in FIXED.items()}
     options = {RENAMED.get(key, key): value for key, value in asdict(config).items()}
     ours = {"architectures": ["GPT2LMHeadModel"], "n_ctx": config.block_size, "tokenizer": tokenizer}
@@ -47,14 +47,14 @@ def hf_config(config: GPTConfig, tokenizer: str, eot: int) -> dict:
 
 
 def is_gpt2(table: dict) -> bool:
-    """Whether model.py computes the model of a config.json. Else transformers does (plumbing/decoders.py)."""
+    """Whether model.py computes the model of a config.json. Else plumbing/decoders.py does."""
     accepted = FIXED | {"n_inner": [None, 4 * table.get("n_embd", 0)]}
     same = all(table.get(key, values[0]) in values for key, values in accepted.items())
     return "model_type" in table and same
 
 
 def gpt_config(table: dict, path: Path) -> GPTConfig:
-    """The GPTConfig of a GPT-2's config.json. Raises UserError where a value is missing or impossible."""
+    """The GPTConfig of a GPT-2's config.json. UserError where a value is missing or impossible."""
     wrong, options = [], {"bias": True}  # OpenAI's models have biases
     for field in fields(GPTConfig):
         key = RENAMED.get(field.name, field.name)
@@ -63,7 +63,7 @@ def gpt_config(table: dict, path: Path) -> GPTConfig:
         elif field.name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
             wrong.append(f"no {key}")
         plain = isinstance(field.type, type) and field.name in options
-        if plain and key in table and type(table[key]) is not field.type:  # "false" would be taken for true
+        if plain and key in table and type(table[key]) is not field.type:  # "false" is true
             wrong.append(f"{key} is {table[key]!r}, expected {field.type.__name__}")
     try:
         config = GPTConfig(**options) if not wrong else None
@@ -99,7 +99,7 @@ def vocabulary(directory: Path) -> dict | None:
 
 
 def check_tokenizer(path: Path, meta: dict):
-    """Raise UserError if a model reads other tokens than the data has. A GPT-2 that names none: gpt2."""
+    """UserError if a model reads other tokens than the data has. A GPT-2 that names none: gpt2."""
     table = storage.read_json(path / "config.json")
     theirs, ours = vocabulary(path), vocabulary(Path(meta["directory"]))
     unnamed = "gpt2" if theirs is None and table.get("model_type") == "gpt2" else str(path)
@@ -122,7 +122,7 @@ def hf_layout(key: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def hf_tensors(model: GPT) -> dict[str, torch.Tensor]:
-    """The tensors of model.safetensors: keys and layout of GPT2LMHeadModel, which always has biases."""
+    """The tensors of model.safetensors, as GPT2LMHeadModel has them: always with biases."""
     if not isinstance(model, GPT):
         return model.stored_tensors()
     tensors = {}
@@ -134,22 +134,22 @@ def hf_tensors(model: GPT) -> dict[str, torch.Tensor]:
 
 
 def stored_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The parameters in a GPT-2 directory, in nn.Linear's layout, without mask buffers and the tied head."""
+    """The parameters in a GPT-2 directory, in nn.Linear's layout, without masks and tied head."""
     stored = storage.read_tensors(path).items()
     found = {key: hf_layout(key, tensor) for name, tensor in stored if (key := storage.gpt2_key(name))}
     head = found.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, found.get("transformer.wte.weight", head.new_empty(0))):
-        raise UserError(f"{path}: lm_head.weight differs from wte.weight, but config.json says they are tied")
+        raise UserError(f"{path}: lm_head.weight differs from wte.weight; config.json: tied")
     return found
 
 
 def load_model(
     name: str | Path, dtype: torch.dtype = torch.float32, options: dict | None = None, fresh: bool = False
 ) -> GPT:
-    """The model in a checkpoint, a run or on the hub, on the CPU, in evaluation mode. Raises UserError.
+    """The model in a checkpoint, a run or on the hub, on the CPU, in evaluation mode. UserError.
 
-    Of GPTConfig's options, dropout applies, and a shorter block_size: the first positions. All of them apply
-    to a `fresh` model, which has random weights. Another family comes as plumbing/decoders.py:Decoder.
+    Of GPTConfig's options, dropout applies, and a shorter block_size: the first positions. All
+    apply to a `fresh` model (random weights). Another family: plumbing/decoders.py:Decoder.
     """
     path, options = storage.resolve(name), options or {}
     table = storage.read_json(path / "config.json")
@@ -166,7 +166,7 @@ def load_model(
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:T]
     # fine-tuned in transformers, a model's biases may no longer be zero
     bias = config.bias or any(tensor.any() for key, tensor in weights.items() if key.endswith(".bias"))
-    with torch.device("meta"):  # no time and no random numbers for weights that are about to be replaced
+    with torch.device("meta"):  # no time, no random numbers: they are replaced
         model = GPT(replace(config, bias=bias, block_size=T, dropout=options.get("dropout", 0.0)))
     model = model.to(dtype).to_empty(device="cpu")
     try:
@@ -185,9 +185,9 @@ def fresh_model(options: dict, dtype: torch.dtype) -> GPT:
 
 
 def open_model(name: str, meta: dict, dtype: torch.dtype, options: dict, seed: int = 0) -> tuple[GPT, dict]:
-    """The model that a run starts from or is taught by, on the CPU, and its lineage, {} for random weights.
+    """The model that a run starts from or is taught by, on the CPU, and its lineage: {} if fresh.
 
-    "scratch" is a GPT-2 of these options, "scratch:DIR" a model of DIR's shape, both with random weights.
+    "scratch" is a fresh GPT-2 of these options, "scratch:DIR" a fresh model of DIR's shape.
     Raises UserError unless it has these options and reads the tokens of the data.
     """
     torch.manual_seed(seed)
@@ -209,7 +209,7 @@ def open_model(name: str, meta: dict, dtype: torch.dtype, options: dict, seed: i
 
 
 def save(path, model, tokenizer: str, eot: int, optimizer=None, files: dict | None = None, data_dir=None):
-    """Publish a model with the tokenizer files of data_dir, and what a run needs to resume: optimizer, JSON.
+    """Publish a model with the tokenizer files of data_dir, and a run's optimizer and JSON.
 
     Raises UserError, exit code 1, for a value that is not finite and for whatever the disk refuses.
     """

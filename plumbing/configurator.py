@@ -1,11 +1,11 @@
 """The settings of a script: defaults of its dataclass, then a preset (TOML), then --key=value.
 
     python train.py --help                                   # every setting with its default
-    python train.py config/demo.toml --max_steps=200         # a preset, and one setting that differs from it
+    python train.py config/demo.toml --max_steps=200         # a preset, and what differs from it
     python inheritune.py config/demo.toml --baselines random "random, twice the steps"
 
-tyro makes the command line from the dataclass and checks it. A preset's keys become options in front of the
-user's, so tyro checks them too and the last one wins. Settings under [inheritune] are for inheritune.py only.
+tyro makes the command line from the dataclass and checks it. A preset's keys become options in front
+of the user's, so tyro checks them too and the last one wins. [inheritune] is for inheritune.py only.
 """
 
 import dataclasses

@@ -1,10 +1,10 @@
-"""Muon for the matrices of the blocks and AdamW for everything else, behind the interface of one optimizer.
+"""Muon for the matrices of the blocks and AdamW for everything else, as one optimizer.
 
     python train.py config/demo.toml --optimizer=muon --out_dir=out/muon
     python -m pytest tests/test_muon.py
 
-Muon (Jordan et al., 2024) makes the steps in all directions of a matrix equally long. It is not the paper's
-optimizer. Its rate is scaled so that a step is as long as AdamW's (arXiv 2502.16982): one `lr` serves both.
+Muon (Jordan et al., 2024) makes the steps in all directions of a matrix equally long. It is not the
+paper's optimizer. Its steps are scaled to the length of AdamW's (arXiv 2502.16982): one `lr` for both.
 """
 
 import re
@@ -14,7 +14,7 @@ import torch
 
 
 class MuonAndAdamW:
-    """torch.optim.Muon and torch.optim.AdamW with one state, as train.py and GradScaler use an optimizer."""
+    """torch.optim.Muon and torch.optim.AdamW with one state, as train.py uses an optimizer."""
 
     def __init__(self, model, weight_decay: float, lr: float, betas: tuple[float, float]):
         inside = {p for name, p in model.named_parameters() if re.search(r"\.\d+\.", name) and p.ndim == 2}

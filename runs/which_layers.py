@@ -1,0 +1,77 @@
+"""Does the rank of inherited layers predict the loss of the model, or does their cost? (paper, table 4)
+
+    python analyze_attention.py out/study_cpu/seed-1/reference --data_dir=data/study --ablate
+    python runs/which_layers.py out/study_cpu seed-1
+
+It compares the models of a recipe that took whole layers of its reference and were trained for the same
+steps. It prints a table and Spearman correlations, and writes which_layers.csv and which_layers.png into
+the recipe's directory.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from ablation import spearman
+from plumbing import figures, storage
+from report import val_losses
+
+
+def rows(recipe_dir: Path, seed: str) -> list[dict]:
+    """name, layers, k, AvgRank, mean cost of the layers, loss: one row for each model."""
+    recipe = storage.read_json(recipe_dir / "recipe.json")
+    reference = recipe_dir / next(path for path in recipe["models"][0]["paths"] if path.startswith(seed))
+    measured = storage.read_json(reference.parent / "attention/attention.json")["layers"]
+    max_steps = storage.read_json(reference / "trainer_state.json")["step"]
+    found = []
+    for model in recipe["models"]:
+        path = next((recipe_dir / each for each in model["paths"] if each.startswith(seed)), None)
+        if path is None or not (path.parent / "init/lineage.json").exists():
+            continue
+        lineage = storage.read_json(path.parent / "init/lineage.json")
+        layers, steps = lineage["layers"], storage.read_json(path / "trainer_state.json")["step"]
+        distinct = None not in layers and len(set(layers)) == len(layers) < len(measured)
+        whole = lineage["sha256"] == storage.hashes(reference) and lineage["parts"] == "all"
+        if distinct and whole and steps == max_steps:
+            found.append({
+                "model": model["name"],
+                "layers": " ".join(map(str, layers)),
+                "k": len(layers),
+                "avg_rank": np.mean([measured[layer]["max_rank"] for layer in layers]),
+                "cost": np.mean([measured[layer]["cost"] for layer in layers]),
+                "loss": val_losses(path).mean(),
+            })
+    return sorted(found, key=lambda row: (row["k"], row["loss"]))
+
+
+def main():
+    recipe_dir, seed = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else ""
+    found = rows(recipe_dir, seed)
+    for row in found:
+        numbers = f"{row['avg_rank']:8.2f} {row['cost']:8.4f} {row['loss']:8.4f}"
+        print(f"{row['model']:28s} {row['layers']:24s} {numbers}")
+    with open(recipe_dir / "which_layers.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, found[0])
+        table.writeheader()
+        table.writerows(found)
+    labels = {"avg_rank": "AvgRank of the layers", "cost": "mean cost of the layers, nats"}
+    with figures.figure(recipe_dir / "which_layers.png", 2, size=(5.5, 4.2)) as axes:
+        for axis, (key, label) in zip(axes, labels.items(), strict=True):
+            for i, k in enumerate(sorted({row["k"] for row in found})):
+                some = [row for row in found if row["k"] == k]
+                x, y = ([row[name] for row in some] for name in (key, "loss"))
+                rho, p = spearman(x, y)
+                print(f"{k} layers, {len(some)} models: {label} with loss: rho {rho:+.2f}, p {p:.3f}")
+                axis.plot(x, y, figures.MARKERS[i], color=figures.COLORS[i], label=f"{k} layers")
+                for row in some:
+                    at = (row[key], row["loss"])
+                    axis.annotate(row["model"], at, (4, 3), textcoords="offset points", fontsize=7)
+            axis.set(xlabel=label, ylabel="validation loss, nats per token")
+            axis.legend(frameon=False)
+
+
+if __name__ == "__main__":
+    main()

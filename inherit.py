@@ -170,7 +170,6 @@ def inherit(reference, layers, out, **others) -> Path:
     if config.get("scale_attn_by_inverse_layer_idx") and chosen != list(range(len(chosen))):
         print("warning: layer i divides its logits by i + 1, so a moved layer computes differently")
 
-    Path(out).expanduser().parent.mkdir(parents=True, exist_ok=True)
     with storage.publish(out) as directory:
         table = sliced_config(sources, chosen, width)
         storage.write_json(directory / "config.json", table)

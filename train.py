@@ -191,6 +191,8 @@ def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast)
 def save(config: TrainConfig, meta: dict, model, optimizer, scaler, state: dict, lineage: dict, losses):
     """Publish a checkpoint with all that resuming needs, and delete older ones. Its path."""
     path, device = Path(config.out_dir) / f"step-{state['step']:08d}", next(model.parameters()).device
+    if not path.parent.is_dir():  # and with it the lock
+        raise UserError(f"{path.parent} was deleted while training; start again", exit_code=1)
     state |= {"scaler": scaler.state_dict(), "settings": asdict(config), "versions": machine.versions(device)}
     files = {"trainer_state.json": state} | ({"lineage.json": lineage} if lineage else {})
     if losses is not None:  # of every validation window: models are compared pair by pair

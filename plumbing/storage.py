@@ -153,7 +153,7 @@ def publish(path: str | Path):
     partial = path.with_name(f".tmp-{path.name}")
     shutil.rmtree(partial, ignore_errors=True)  # of a killed process
     try:
-        partial.mkdir()  # no parents: a run whose out_dir was deleted does not start a second one
+        partial.mkdir(parents=True)
         yield partial
         files = sorted(partial.iterdir())
         for file in files:

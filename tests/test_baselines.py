@@ -1,13 +1,15 @@
 """baselines.py: every comparison of the paper, what each model begins with and is trained on."""
 
+import csv
 import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, call_script, options
+from conftest import ROOT, TINY, call_script, options, read_metrics, run_script
 from safetensors.torch import load_file
 
 import baselines
@@ -342,3 +344,23 @@ def test_a_mistake_in_a_baseline_is_named_before_the_first_step(
     with pytest.raises(UserError, match=f"^wrong: .*{words}"):
         inheritune.recipe(inheritune.RecipeConfig(**tiny, baselines=["random", "wrong"]))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_models_of_whole_layers_are_compared_by_rank_and_by_cost(finished, data_dir, tmp_path):
+    out_dir = shutil.copytree(finished, tmp_path / "out")
+    arguments = [out_dir / "reference", f"--data_dir={data_dir}", "--ablate", "--sequences=3", "--device=cpu"]
+    done = run_script("analyze_attention.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    done = run_script("runs/which_layers.py", out_dir)
+    assert done.returncode == 0, done.stderr
+    with open(out_dir / "which_layers.csv", encoding="utf-8") as file:
+        rows = {row["model"]: row for row in csv.DictReader(file)}
+    assert rows["last layers"]["layers"] == "2 3 4 5" and rows["lazy layers"]["layers"] == "3 4 5"
+    assert rows.keys().isdisjoint({"random", "hybrid stacking", "half width", "MLP and its norm", "distilled, inherited"})
+    layers = storage.read_json(out_dir / "reference/attention/attention.json")["layers"]
+    for key, measured in (("avg_rank", "max_rank"), ("cost", "cost")):
+        expected = np.mean([layers[layer][measured] for layer in (2, 3, 4, 5)])
+        assert float(rows["last layers"][key]) == pytest.approx(expected)
+    loss = read_metrics(out_dir / "last-layers-4")[-1]["val_loss"]
+    assert float(rows["last layers"]["loss"]) == pytest.approx(loss)
+    assert (out_dir / "which_layers.png").stat().st_size > 10_000

@@ -73,6 +73,13 @@ def test_the_matrices_are_the_family_s_own_output_attentions(family):
         torch.testing.assert_close(found[layer], matrices)
 
 
+def test_flops_of_attention_are_those_of_the_heads_own_size():
+    """Qwen3 and Gemma may have heads whose sizes do not add up to n_embd: here 4 x 16 beside 32."""
+    model = tiny("Qwen3", **FAMILIES["Qwen3"] | {"head_dim": 16})
+    products = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
+    assert wrapped(model).config.flops_per_token() == 6 * products + 12 * 3 * (4 * 16) * 128
+
+
 @pytest.mark.parametrize("family", ["Llama", "ours"])
 def test_a_layer_s_matrices_are_gone_before_the_next_layer_has_its_own(family):
     ours = family == "ours"

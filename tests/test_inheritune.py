@@ -112,6 +112,18 @@ def test_a_round_grows_the_trained_target_with_expand_from_target(tmp_path, data
     assert sources == ["inherited-2/step-00000004", "reference/step-00000004"]
 
 
+def test_a_round_grows_the_trained_target_by_fresh_layers_with_expand_from_fresh(tmp_path, data_dir, quick):
+    changes = {"n_layer": 2, "max_steps": 4, "expand_from": "fresh", "tolerance": -9.0}
+    assert call_script(inheritune, *recipe_options(tmp_path, data_dir, **changes)) == 0
+    ours, before = tensors(tmp_path / "out/inherited-2/init"), tensors(storage.latest(tmp_path / "out/inherited-1"))
+    lineage = storage.read_json(tmp_path / "out/inherited-2/init/lineage.json")
+    assert lineage["layers"] == [0, None]
+    assert all(torch.equal(tensor, before[key]) for key, tensor in ours.items() if ".h.1." not in key)
+    fresh = ours["transformer.h.1.mlp.c_fc.weight"]
+    assert not torch.equal(fresh, before["transformer.h.0.mlp.c_fc.weight"])
+    assert fresh.std().item() == pytest.approx(0.02, rel=0.1)
+
+
 def test_the_first_round_may_start_before_the_lazy_tail(tmp_path, data_dir, monkeypatch, capsys, quick):
     """start_layers=auto. What the analysis says is set here."""
     monkeypatch.setattr(inheritune, "suggested_layers", lambda *_: 3)

@@ -100,7 +100,12 @@ CLAIMS = [  # of the paper, then ours: text, the model that should be better, th
     ("Inheriting beats distilling every other layer", "target", "distilled, every other layer"),
     ("Both parts transfer more than attention", "attention and MLP, no norms", "attention and its norm"),
     ("Both parts transfer more than the MLP", "attention and MLP, no norms", "MLP and its norm"),
+    ("The reference beats random ones, the condition of all others (ours)", "reference", "random"),
     ("Matching is more than training for longer (ours)", "target", "reference, trained on"),
+    ("The last third transfers more than random ones (ours)", "last third", "random, third"),
+    ("The first layers transfer more than the middle ones (ours)", "target", "middle layers"),
+    ("The first layers transfer more than every other (ours)", "target", "every other layer"),
+    ("The first layers transfer more than a random choice (ours)", "target", "layers at random"),
     ("The first layers transfer more than the last (ours)", "target", "last layers"),
     ("Keeping the last layer adds to inheriting (ours)", "first layers and the last", "target"),
     ("Distilling adds to inheriting (ours)", "distilled, inherited", "target"),
@@ -108,6 +113,7 @@ CLAIMS = [  # of the paper, then ours: text, the model that should be better, th
     ("Growing the trained target beats one round (ours)", "grown from the target", "target"),
     ("Inheriting before the decay beats the paper's schedule (ours)", "inherited, WSD", "target"),
     ("Growing by trained layers beats fresh ones (ours)", "grown from the target", "grown with fresh layers"),
+    ("Growing by the next layers beats the last (ours)", "grown from the target", "grown with the last layers"),
 ]
 
 # The paper's validation losses on OpenWebText, cut off after two digits (tables 2 to 5, figure 24), by preset

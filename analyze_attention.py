@@ -5,7 +5,8 @@
     python analyze_attention.py out/demo/reference --data_dir=data/demo --ablate    # costs too
 
 A is the causal attention matrix of a layer, head and sequence: T x T, each row sums to 1. The
-control is an untrained model of the same shape. Suffixes: B, S sequences, H heads.
+control is an untrained model of the same shape. H heads, S sequences, B of them at a time: a
+tensor called values_HS has the shape (H, S).
 """
 
 import csv
@@ -83,10 +84,10 @@ class Measure(NamedTuple):
 
 
 MEASURES = [  # table, files, figures, train.py --track_rank and stored() follow this list
-    Measure("rank", fast_rank, "max", "MaxRank"),  # paper, section 2
+    Measure("rank", fast_rank, "max", "MaxRank"),  # k_star, faster (paper, section 2)
     Measure("mass", m_star, "mean", "AvgMass"),  # paper, appendix C
     Measure("sink", sink, "mean", "sink"),
-    Measure("has_sink", lambda A: (sink(A) > 0.3).float(), "mean", "sink > 0.3"),  # arXiv 2410.10781
+    Measure("sink_share", lambda A: (sink(A) > 0.3).float(), "mean", "sink > 0.3"),  # arXiv 2410.10781
 ]
 
 
@@ -214,7 +215,9 @@ def identity(config: AnalyzeConfig) -> dict:
             raise ValueError
     except ValueError:
         expected = "0 < tau <= 0.999, groups like 0:4,4:8, heads like 7.16, seq_len >= 2, others >= 1"
-        raise UserError(f"found {config}; expected {expected}") from None
+        keys = ("tau", "groups", "heads", "seq_len", "sequences", "micro_batch")
+        found = ", ".join(f"{key} {getattr(config, key)!r}" for key in keys)
+        raise UserError(f"found {found}; expected {expected}") from None
     paths = [storage.resolve(name) for name in (config.model, config.compare) if name]
     wanted = {"block_size": config.seq_len}  # another family can read longer texts than by default
     longest = [checkpoint.read_config(path, wanted).block_size for path in paths]

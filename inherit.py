@@ -17,6 +17,7 @@ published. lineage.json says where each tensor came from.
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -51,7 +52,8 @@ def take_layers(names, layers: list[int | None]) -> dict[str, str | None]:
     for new, old in enumerate(layers):
         for name in names:
             match = LAYER.match(name)
-            if match and int(match[2]) == (old or 0):  # a fresh layer has the tensors of any layer
+            like = 0 if old is None else old  # a fresh layer has the tensors of layer 0, all new
+            if match and int(match[2]) == like:
                 target[f"{match[1]}{new}.{match[3]}"] = name if old is not None else None
     return target
 
@@ -77,11 +79,20 @@ def parse_layers(text: str, n_layer: int) -> list[int | None]:
     return layers
 
 
-def sliced_config(sources: list[tuple], layers: list[int | None], width=1.0) -> dict:
+class Source(NamedTuple):
+    """A checkpoint that layers are taken from. Layers of all sources are counted through."""
+
+    path: Path
+    config: dict  # its config.json
+    n_layer: int
+    offset: int  # the number of its layer 0
+
+
+def sliced_config(sources: list[Source], layers: list[int | None], width=1.0) -> dict:
     """config.json of the target: its depth, lists with an entry for each layer, its width."""
-    config, lists = sources[0][1], {}
+    config, lists = sources[0].config, {}
     for key in config:
-        entries = [(each.get(key), n_layer) for _, each, n_layer, _ in sources]
+        entries = [(source.config.get(key), source.n_layer) for source in sources]
         if all(isinstance(value, list) and len(value) == n for value, n in entries):
             joined = [entry for value, _ in entries for entry in value]
             lists[key] = [joined[layer or 0] for layer in layers]
@@ -101,14 +112,15 @@ def narrow(name: str, tensor: torch.Tensor, width: float) -> torch.Tensor:
     return kept
 
 
-def open_sources(settings: InheritConfig) -> tuple[list[tuple[Path, dict, int, int]], dict]:
-    """The reference and what goes on top: path, config.json, layers, layers below. And the lineage.
+def open_sources(settings: InheritConfig) -> tuple[list[Source], dict]:
+    """The sources, the lower one first, and the lineage: all that decides the inherited tensors.
 
-    The lineage is what decides the inherited tensors. Raises UserError.
+    Raises UserError.
     """
-    wanted = [(settings.reference, settings.layers), (settings.top, settings.top_layers)]
-    sources, chosen, below = [], [], 0
-    for name, layers in wanted if settings.top else wanted[:1]:
+    wanted, sources, chosen, offset = [(settings.reference, settings.layers)], [], [], 0
+    if settings.top:
+        wanted.append((settings.top, settings.top_layers))
+    for name, layers in wanted:
         path = storage.resolve(name)
         config = storage.read_json(path / "config.json")
         if config.get("model_type") != "gpt2":
@@ -119,19 +131,19 @@ def open_sources(settings: InheritConfig) -> tuple[list[tuple[Path, dict, int, i
         if n_layer is None:
             raise UserError(f"{path}/config.json has no {DEPTH[1]}; expected a model of text alone")
         layers = parse_layers(layers, n_layer) if isinstance(layers, str) else layers
-        chosen += [None if layer is None else below + layer for layer in layers]
-        sources.append((path, config, n_layer, below))
-        below += n_layer
-    path, config, _, _ = sources[0]
+        chosen += [None if layer is None else offset + layer for layer in layers]
+        sources.append(Source(path, config, n_layer, offset))
+        offset += n_layer
+    path, config = sources[0].path, sources[0].config
     lineage = {"reference": str(settings.reference), "sha256": storage.hashes(path)}
     lineage |= {"parts": settings.parts or "all", "layers": chosen}
     if settings.width < 1:
         lineage["width"] = settings.width
     if settings.top:
         alike = ("model_type", "n_embd", "hidden_size")
-        if any(config.get(key) != sources[1][1].get(key) for key in alike):
+        if any(config.get(key) != sources[1].config.get(key) for key in alike):
             raise UserError(f"{settings.top} differs from {path} in {' or '.join(alike)}")
-        lineage["top_sha256"] = storage.hashes(sources[1][0])
+        lineage["top_sha256"] = storage.hashes(sources[1].path)
     return sources, lineage
 
 
@@ -140,33 +152,35 @@ def lineage_of(reference, layers, **others) -> dict:
     return open_sources(InheritConfig(reference, layers, "", **others))[1]
 
 
-def source_tensors(sources: list[tuple], width: float) -> dict:
+def source_tensors(sources: list[Source], width: float) -> dict:
     """Name -> tensor: the layers of all sources, counted through, and the first one's others."""
     found = {}
-    for path, config, n_layer, below in sources:
+    for path, config, n_layer, offset in sources:
         rename = storage.gpt2_key if config["model_type"] == "gpt2" else str
         for stored_name, tensor in storage.read_tensors(path).items():
             name = rename(stored_name) or ""  # a mask has no name
             match = LAYER.match(name)
             if match and int(match[2]) < n_layer:  # beyond: predicts several tokens at once
-                name = f"{match[1]}{below + int(match[2])}.{match[3]}"
-            elif match or below or not name:
+                name = f"{match[1]}{offset + int(match[2])}.{match[3]}"
+            elif match or offset or not name:
                 continue
             found[name] = narrow(name, tensor, width)
     return found
 
 
 def inherit(reference, layers, out, **others) -> Path:
-    """Write the target to `out`. `others` are further settings of InheritConfig. UserError."""
+    """Write the target to `out`. `others`: further settings of InheritConfig. Raises UserError."""
     settings = InheritConfig(reference, layers, out, **others)
     sources, lineage = open_sources(settings)
-    path, config, _, _ = sources[0]
+    path, config = sources[0].path, sources[0].config
     chosen, parts, width = lineage["layers"], settings.parts, settings.width
     is_gpt2, heads = config["model_type"] == "gpt2", width * config.get("n_head", 1)
-    fits = set(parts.split(",")) <= {"", *BLOCK_PARTS} and 0 < width <= 1 and heads % 1 == 0
-    if not fits or ((parts or width < 1) and not is_gpt2):
-        expected = f"{', '.join(BLOCK_PARTS)} and a width with a whole number of heads, of a GPT-2"
-        raise UserError(f"found parts {parts!r}, width {width}, {heads} heads; expected {expected}")
+    if not set(parts.split(",")) <= {"", *BLOCK_PARTS}:
+        raise UserError(f"parts is {parts!r}, expected some of {', '.join(BLOCK_PARTS)}")
+    if not 0 < width <= 1 or heads % 1:
+        raise UserError(f"width {width} leaves {heads:g} heads, expected a whole number, at least 1")
+    if (parts or width < 1) and not is_gpt2:
+        raise UserError(f"parts and width are for GPT-2, and {path} is {config['model_type']!r}")
     if config.get("scale_attn_by_inverse_layer_idx") and chosen != list(range(len(chosen))):
         print("warning: layer i divides its logits by i + 1, so a moved layer computes differently")
 

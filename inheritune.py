@@ -65,7 +65,7 @@ class RecipeConfig(TrainConfig):
 
 def round_target(config: RecipeConfig, k: int, previous_k: int | None) -> Baseline:
     """The growth rule: what the target of k layers begins with (Inheritune step 3: expand)."""
-    if not previous_k or config.expand_from == "reference":  # its first k layers
+    if not previous_k or config.expand_from == "reference":  # the reference's first k layers
         return Baseline(layers=list(range(k)))
     kept = list(range(previous_k))
     if config.expand_from == "fresh":
@@ -141,7 +141,7 @@ class Models:
         return storage.resolve(Path(settings.out_dir) / step)
 
     def make(self, name: str, model: Baseline, directory: str) -> tuple[Path, list[Path]]:
-        """Inherit and train (Inheritune steps 1, 2), once. The checkpoint and its sources."""
+        """Inherit and train (Inheritune steps 1, 2), once. Returns the checkpoint and its sources."""
         out_dir, sources = self.out_dir / directory, []
         settings = train_config(self.config, model, self.seed, out_dir)
         if model.layers:
@@ -151,7 +151,7 @@ class Models:
                 how |= {"top": sources[1], "top_layers": model.top_layers}
             on_rank_0(inherit_once, sources[0], model.layers, out_dir / "init", how, self.seed)
             settings = replace(settings, init_from=str(out_dir / "init"))
-        if name == "reference" and self.config.reference:  # evaluated, kept like a run of no steps
+        if name == "reference" and self.config.reference:  # evaluated, and saved as a run of no steps
             reference = self.config.reference
             settings = replace(settings, init_from=reference, n_layer=None, max_steps=0)
         if model.teacher:
@@ -174,7 +174,7 @@ def inherit_once(source: Path, layers: list, out: Path, how: dict, seed: int):
 
 def measure(config: RecipeConfig, reference: Path, target: Path | None = None) -> dict:
     """The attention analysis of the reference, and the target's beside it, once."""
-    out = (target or reference).parent / "recipe_attention"  # no analysis by hand overwrites it
+    out = (target or reference).parent / "recipe_attention"  # apart from what a user measures
     same = {key: getattr(config, key) for key in ("data_dir", "sequences", "device")}
     settings = AnalyzeConfig(str(reference), str(target or ""), out=str(out), **same)
     return stored(settings) or analyze(settings)
@@ -187,7 +187,7 @@ def recipe(config: RecipeConfig):
     seeds = [Models(config, seed) for seed in config.seeds or [config.seed]]
     compared = []  # the models of recipe.json
 
-    def make(name: str, role: str, model: Baseline, directory: str, title: str, chosen=seeds):
+    def make_for(chosen: list[Models], name: str, role: str, model: Baseline, directory: str, title: str):
         made = [each.make(name, model, directory) for each in chosen]
         paths = [path for path, _ in made]
         relative = [str(path.relative_to(out_dir)) for path in paths]
@@ -196,17 +196,17 @@ def recipe(config: RecipeConfig):
         return paths
 
     # ---- the reference; auto: how many of its layers are not lazy (paper, section 2)
-    references = make("reference", "reference", Baseline(n_layer=n), "reference", "reference")
+    references = make_for(seeds, "reference", "reference", Baseline(n_layer=n), "reference", "reference")
     k, previous_k = config.first_k, None
     if config.start_layers == "auto":
         by_rank = suggested_layers(on_rank_0(measure, config, references[0]), "lazy")
         k = by_rank if by_rank < n else k  # half, where no layer is lazy
-        processes.say(f"by rank, the reference's last {n - by_rank} layers are lazy: k = {k}")
+        processes.say(f"by rank, the reference has {n - by_rank} lazy layers at its end: k = {k}")
 
     # ---- Inheritune: inherit k layers, train, expand until the target matches (algorithm 1)
     while True:
         start = round_target(config, k, previous_k)
-        targets = make("target", "round", start, f"inherited-{k}", f"inherited, {k} layers")
+        targets = make_for(seeds, "target", "round", start, f"inherited-{k}", f"inherited, {k} layers")
         difference, interval = paired_difference(targets, references)
         result = verdict(difference, interval, config.tolerance)
         processes.say(f"round k = {k}: {difference:+.4f} nats to the reference: {result}")
@@ -229,7 +229,7 @@ def recipe(config: RecipeConfig):
     for name, model in wanted(config.baselines + config.once, n, k).items():
         directory = "-".join(name.replace(",", "").lower().split())
         chosen = seeds if name in always else seeds[:1]
-        make(name, "baseline", model, f"{directory}-{k}", name, chosen)
+        make_for(chosen, name, "baseline", model, f"{directory}-{k}", name)
     processes.say(on_rank_0(write_report, False))
 
 

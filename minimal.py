@@ -83,7 +83,7 @@ def evaluate(model, n=16):
 
 
 def max_rank(model, tau=0.90, N=100, length=100):
-    """MaxRank of each layer (paper, definition G.1). A layer with 1.0 is lazy."""
+    """MaxRank of each layer (paper, definition G.1), at T = length. A layer with 1.0 is lazy."""
     starts = np.random.default_rng(SEED).integers(len(val_data) - length, size=N)
     ranks = []
     for A in model.attention_matrices(windows(val_data, starts, length)[0]):  # (N, nh, T, T), layer by layer

@@ -82,7 +82,7 @@ def split(n_documents: int, val_fraction: float, seed: int) -> dict[str, np.ndar
     """Split -> its documents, in the order they are written; nanoGPT's train_test_split."""
     order = np.random.default_rng(seed).permutation(n_documents)
     n_val = math.ceil(n_documents * val_fraction)
-    return {"val": order[:n_val], "train": order[n_val:]}  # val is short: a mistake shows soon
+    return {"val": order[:n_val], "train": order[n_val:]}  # val first: a mistake shows after seconds
 
 
 # ---- sources: each gives items, read(item) -> the text of a document, and its origin

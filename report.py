@@ -22,12 +22,15 @@ from baselines import CLAIMS, PAPER
 from plumbing import checkpoint, configurator, figures, resume, storage
 from plumbing.configurator import UserError
 
-NOTES = """Loss: nats per token, the mean over all validation windows ± its standard error.
-Difference: loss minus the reference's, paired over windows, ± 95% interval, which is about other
-text, not about other seeds. Spread: standard deviation of the difference over the seeds. Tokens,
-all: with those of the models it was inherited from or taught by. FLOPs: 6 for each weight and
-token, and attention. Reached: the share of its own steps after which it had the reference's final
-loss. Latency: one sequence forward on the CPU, relative to the reference."""
+NOTES = """
+- Loss: nats per token, the mean over {windows} validation windows ± its standard error.
+- Difference: loss minus the reference's, paired by window and seed. The 95% interval covers the
+  choice of text, not the choice of seed. Spread: its standard deviation over the seeds.
+- Tokens, all: its own and those of every model that it was inherited from or taught by.
+- FLOPs: 6 for each weight of a matrix product and token, and attention.
+- Reached: the share of its own steps after which it had the reference's final loss.
+- Latency: one sequence forward on the CPU, relative to the reference.
+- Verdict: matched if the difference is at most {tolerance:g} nats (the recipe's tolerance)."""
 
 
 @dataclass
@@ -245,7 +248,7 @@ def report(out_dir: str | Path, animate: bool = False, paper: str = "") -> str:
 
 {tables[0]}
 
-{NOTES} {len(val_losses(rows[0]["paths"][0]))} windows.
+{NOTES.format(windows=len(val_losses(rows[0]["paths"][0])), tolerance=recipe["tolerance"])}
 
 ## Claims
 

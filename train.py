@@ -38,12 +38,15 @@ ModelOptions = make_dataclass("ModelOptions", OPTIONS)
 
 @dataclass
 class TrainConfig(ModelOptions):
-    """Train one model on a prepared data directory. Model options not set: those of init_from."""
+    """Train one model on a prepared data directory. Model options not set: those of init_from.
+
+    init_from=scratch:DIR draws random weights in the shape of the model in DIR.
+    """
 
     out_dir: str = may_change("out/run")  # checkpoints and metrics
     data_dir: str = may_change("data/python")  # made by prepare_data.py; its tokens may not change
-    init_from: str = may_change("scratch")  # or a checkpoint, run, hub name; scratch:DIR: its shape
-    resume: Literal["auto", True, False] = may_change(False)  # the latest checkpoint; auto: if any
+    init_from: str = may_change("scratch")  # random weights; or a model; scratch:DIR
+    resume: Literal["auto", True, False] = may_change(False)  # from the latest checkpoint; auto: if any
     override: str = may_change("")  # comma-separated settings allowed to differ on resume
 
     # optimization: part of the experiment. The defaults are the paper's (appendix F)
@@ -88,7 +91,8 @@ class TrainConfig(ModelOptions):
         limits["warmup_steps"] = (0, stable_steps(self) or self.max_steps or math.inf)  # before the decay
         for key, (least, most) in limits.items():
             if not least <= (value := getattr(self, key)) <= most:
-                raise UserError(f"{key} is {value}, expected {least} to {most}")
+                why = ", the steps before the decay" if key == "warmup_steps" else ""
+                raise UserError(f"{key} is {value}, expected {least} to {most}{why}")
 
 
 # ---- what a step is made of: schedule, loss, update
@@ -149,8 +153,8 @@ def train_step(model, optimizer, scaler, grad_clip, loss_of, batches, accumulati
     """One update on `accumulation` micro-batches (x, y): (loss, gradient norm), on the device.
 
     loss_of(x, y, is_last) is a mean over tokens.
-    Once a gradient norm is non-finite, the optimizer's kernel skips this and all later updates, so
-    the CPU need not wait for the device. With a GradScaler (float16) only that one is skipped.
+    A non-finite gradient norm sets optimizer.found_inf, and the fused kernel then skips this and all
+    later updates, so the CPU need not check each step. A GradScaler (float16) skips only this one.
     """
     total = 0.0
     for i, (x, y) in enumerate(batches, start=1):
@@ -159,7 +163,7 @@ def train_step(model, optimizer, scaler, grad_clip, loss_of, batches, accumulati
         total = total + loss.detach()
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    if hasattr(optimizer, "found_inf") and not scaler.is_enabled():  # else it sets it
+    if hasattr(optimizer, "found_inf") and not scaler.is_enabled():  # else scaler.step sets it
         optimizer.found_inf = torch.maximum(optimizer.found_inf, (~grad_norm.isfinite()).float())
     scaler.step(optimizer)
     scaler.update()
@@ -189,7 +193,7 @@ def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast)
 
 
 def save(config: TrainConfig, meta: dict, model, optimizer, scaler, state: dict, lineage: dict, losses):
-    """Publish a checkpoint with all that resuming needs, and delete older ones. Its path."""
+    """Publish a checkpoint with all that resuming needs, and delete older ones. Returns its path."""
     path, device = Path(config.out_dir) / f"step-{state['step']:08d}", next(model.parameters()).device
     if not path.parent.is_dir():  # and with it the lock
         raise UserError(f"{path.parent} was deleted while training; start again", exit_code=1)
@@ -226,7 +230,7 @@ def set_up(config: TrainConfig):
 
 
 def loop(config: TrainConfig) -> Path:
-    """Inheritune step 2 (train): until max_steps or a signal. The last checkpoint. UserError."""
+    """Inheritune step 2 (train), until max_steps or a signal. Returns the last checkpoint."""
     # ---- set up: machine, data, model, optimizer
     hardware, meta, model, teacher, lineages = set_up(config)
     config = replace(config, dtype=str(hardware.dtype), **asdict(model.config))  # no None and no "auto"

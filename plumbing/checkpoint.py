@@ -104,8 +104,10 @@ def check_tokenizer(path: Path, meta: dict):
     theirs, ours = vocabulary(path), vocabulary(Path(meta["directory"]))
     unnamed = "gpt2" if theirs is None and table.get("model_type") == "gpt2" else str(path)
     found = table.get("tokenizer", unnamed)
-    if theirs != ours if theirs and ours else found != meta["tokenizer"]:
-        named = "" if found != meta["tokenizer"] else " (another vocabulary of that name)"
+    other_name = found != meta["tokenizer"]
+    other_tokens = theirs != ours if theirs and ours else other_name
+    if other_tokens:
+        named = "" if other_name else " (another vocabulary of that name)"
         remedy = f"prepare it anew with --tokenizer={path if named or '/' in found else found}"
         raise UserError(
             f"{path} reads tokens of {found!r}{named}, the data in {meta['directory']} those of "

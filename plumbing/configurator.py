@@ -70,7 +70,7 @@ def check_key(key: str, known, where: str):
     """Raise UserError with the nearest known key if `key` is not one of `known`."""
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {'; '.join(sorted(known))}"
         raise UserError(f"{where}: unknown key {key!r}; {hint}")
 
 
@@ -102,7 +102,8 @@ def load(cls, argv: list[str] | None = None):
     preset = preset_options(Path(argv.pop(0)), hints) if argv and argv[0].endswith(".toml") else []
     for i, option in enumerate(argv):
         hint = hints.get(option.removeprefix("--"))
-        is_switch = bool in (hint, *typing.get_args(hint)) or True in typing.get_args(hint)
-        if is_switch and "".join(argv[i + 1 : i + 2])[:2] in ("", "--"):
-            argv[i] += "=True"  # --resume alone means --resume=True
+        is_switch = hint is bool or True in typing.get_args(hint)
+        following = argv[i + 1] if i + 1 < len(argv) else "--"
+        if is_switch and following.startswith("--"):  # --resume alone means --resume=True
+            argv[i] += "=True"
     return tyro.cli(cls, args=preset + argv, use_underscores=True, config=(tyro.conf.FlagConversionOff,))

@@ -123,7 +123,8 @@ def send_all(batches, device: torch.device):
 def check_finite(optimizer, scaler, kept: list[Path]):
     """Wait for the device. UserError, exit code 1, if a gradient norm was not finite."""
     # float16 tries smaller scales first
-    if scaler.get_scale() < 1 if scaler.is_enabled() else optimizer.found_inf:
+    failed = scaler.get_scale() < 1 if scaler.is_enabled() else optimizer.found_inf
+    if failed:
         # the updates made, without those skipped; Muon does not count
         made = int(next((s["step"] for s in optimizer.state.values() if "step" in s), 0))
         raise UserError(

@@ -3,8 +3,8 @@
     python train.py config/demo.toml --out_dir=out/mine --resume         # the latest checkpoint of out/mine
     python train.py config/demo.toml --out_dir=out/mine --resume=auto    # if there is one
 
-A resumed run ends at the same bits as one that was never interrupted. Nothing but the step has to be restored
-besides the tensors: data.py computes the order of the data from the step.
+A resumed run ends at the same bits as one that was never interrupted. Besides the tensors, only the
+step has to be restored: data.py computes the order of the data from it.
 """
 
 import json

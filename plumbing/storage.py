@@ -123,7 +123,7 @@ def gpt2_key(name: str) -> str | None:
 
 
 def check_finite(path: Path, tensors: dict, exit_code: int = 2):
-    """Raise UserError naming a tensor that holds NaN or infinity. FP8 has no test for that."""
+    """Raise UserError naming a tensor that holds NaN or infinity. isfinite does not know FP8."""
     for name, tensor in tensors.items():
         if tensor.dtype.itemsize > 1 and not tensor.isfinite().all():
             raise UserError(f"{path}: {name} holds values that are not finite", exit_code)
@@ -204,7 +204,7 @@ def discard(path: Path):
 
 
 def prune(run_dir: Path, keep: int, spare: Path):
-    """Delete all but the newest `keep` complete checkpoints of a run, and `spare`."""
+    """Keep the newest `keep` complete checkpoints of a run and `spare`. Delete the others."""
     complete = [path for path in steps(run_dir) if (path / "manifest.json").is_file()]
     for path in [path for path in complete if path != spare][:-keep]:
         try:

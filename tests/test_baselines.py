@@ -88,7 +88,7 @@ def test_a_baseline_is_made_as_the_paper_says(name, expected):
 
 @pytest.mark.parametrize("n,k", SIZES)
 def test_every_baseline_can_be_built_for_every_size(n, k):
-    """Also for a target of one layer: the right number of layers, each one that its source has."""
+    """The right number of layers, each one that its source has."""
     models = known(n, k)
     sizes = {"reference": n, "target": k} | {name: n_layer(model) for name, model in models.items()}
     half = {
@@ -114,7 +114,7 @@ def test_every_baseline_can_be_built_for_every_size(n, k):
 
 
 def test_the_claims_name_models_that_exist():
-    names = {"target", *known()}
+    names = {"target", "reference", *known()}
     assert [claim for claim in baselines.CLAIMS if not set(claim[1:]) <= names] == []
 
 
@@ -322,7 +322,7 @@ def test_a_baseline_is_added_in_five_lines(tmp_path, data_dir):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert f"| {name} " in (tmp_path / "out/report.md").read_text()
-    lineage = storage.read_json(tmp_path / "out/first-and-last-2/init/lineage.json")
+    lineage = storage.read_json(tmp_path / "out/every-third-layer-2/init/lineage.json")
     assert lineage["layers"] == [0, 3]
 
 

@@ -352,7 +352,7 @@ def test_a_fresh_layer_of_another_family_is_what_transformers_draws(tmp_path):
 def test_lists_with_an_entry_for_each_layer_are_sliced_too():
     config = {"num_hidden_layers": 4, "layer_types": ["a", "b", "c", "d"], "eos": [1, 2], "name": "abcd"}
     target = config | {"num_hidden_layers": 2, "layer_types": ["d", "b"]}
-    assert inherit.sliced_config([(None, config, 4, 0)], [3, 1]) == target
+    assert inherit.sliced_config([inherit.Source(None, config, 4, 0)], [3, 1]) == target
     # of a second checkpoint on top, with a depth of its own: its layers count from 4
     top = config | {"num_hidden_layers": 2, "layer_types": ["x", "y"]}
     joined = inherit.sliced_config([(None, config, 4, 0), (None, top, 2, 4)], [3, 5])

@@ -28,6 +28,10 @@ from plumbing.configurator import UserError
 # "transformer.h." "3" "ln_1.weight"
 LAYER = re.compile(r"^(.*?(?:^|\.)(?:h|layers|blocks)\.)(\d+)\.(.+)$")
 DEPTH = ("n_layer", "num_hidden_layers", "num_layers", "n_layers")  # in config.json, by family
+# settings that change no layer's arithmetic
+OUTSIDE_LAYERS = re.compile(
+    "drop|token|vocab|version|dtype|name|architectures|ctx|positions?$|_embeddings$|cache|block_size|bias$"
+)
 BLOCK_PARTS = ("ln_1", "attn", "ln_2", "mlp")  # of a GPT-2 block
 
 
@@ -118,6 +122,8 @@ def open_sources(settings: InheritConfig) -> tuple[list[Source], dict]:
     Raises UserError.
     """
     wanted, sources, chosen, offset = [(settings.reference, settings.layers)], [], [], 0
+    if bool(settings.top) != bool(settings.top_layers):
+        raise UserError("top and top_layers go together: set both or neither")
     if settings.top:
         wanted.append((settings.top, settings.top_layers))
     for name, layers in wanted:
@@ -140,9 +146,14 @@ def open_sources(settings: InheritConfig) -> tuple[list[Source], dict]:
     if settings.width < 1:
         lineage["width"] = settings.width
     if settings.top:
-        alike = ("model_type", "n_embd", "hidden_size")
-        if any(config.get(key) != sources[1].config.get(key) for key in alike):
-            raise UserError(f"{settings.top} differs from {path} in {' or '.join(alike)}")
+        differ = [
+            f"{key}: {value} and {sources[1].config.get(key)}"
+            for key, value in config.items()
+            if value != sources[1].config.get(key) and key not in DEPTH
+            and not isinstance(value, list) and not OUTSIDE_LAYERS.search(key)
+        ]
+        if differ:
+            raise UserError(f"{path} and {settings.top} have different layers: {'; '.join(differ)}")
         lineage["top_sha256"] = storage.hashes(sources[1].path)
     return sources, lineage
 

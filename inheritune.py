@@ -54,9 +54,12 @@ class RecipeConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         self.seeds = list(dict.fromkeys(self.seeds))  # a seed given twice would count twice
-        if not (1 <= self.first_k <= self.n and min(self.expand_by, self.sequences) >= 1):
+        if not (1 <= self.first_k <= self.n and min(self.expand_by, self.sequences, self.max_steps) >= 1):
             found = f"start_layers {self.first_k}, expand_by {self.expand_by}, sequences {self.sequences}"
-            raise UserError(f"{found}; expected start_layers 1 to {self.n}, the others at least 1")
+            expected = f"start_layers 1 to {self.n}, the others at least 1"
+            raise UserError(f"{found}, max_steps {self.max_steps}; expected {expected}")
+        if not all(0 <= seed < 2**32 for seed in self.seeds):
+            raise UserError(f"seeds are {self.seeds}, expected 0 to {2**32 - 1}")
         if self.init_from != "scratch" or self.override or self.teacher:
             raise UserError("init_from, override and teacher are for train.py")
         if self.reference and self.n_layer not in (None, self.n):
@@ -78,7 +81,7 @@ def wanted(names: list[str], n: int, k: int) -> dict[str, Baseline]:
     """The baselines of these names and those that they begin with, in the order of training."""
     known, found = baselines(n, k), {}
     for name in names:
-        configurator.check_key(name, known, "baselines")
+        configurator.check_key(name, known, "baselines.py")
         needs = [known[name].source, known[name].top, known[name].teacher]
         found |= wanted([each for each in needs if each in known], n, k) | {name: known[name]}
     return found

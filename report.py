@@ -24,8 +24,9 @@ from plumbing.configurator import UserError
 
 NOTES = """
 - Loss: nats per token, the mean over {windows} validation windows ± its standard error.
-- Difference: loss minus the reference's, paired by window and seed. The 95% interval covers the
-  choice of text, not the choice of seed. Spread: its standard deviation over the seeds.
+- Difference: loss minus the reference's, paired by window and seed: a model of one seed is compared
+  with the reference of that seed. The 95% interval covers the choice of text, not that of the seed.
+  Spread: its standard deviation over the seeds.
 - Tokens, all: its own and those of every model that it was inherited from or taught by.
 - FLOPs: 6 for each weight of a matrix product and token, and attention.
 - Reached: the share of its own steps after which it had the reference's final loss.
@@ -83,6 +84,7 @@ def curve(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     for path in paths:
         log = storage.read_log(path.parent / "metrics.jsonl")
         runs.append({line["tokens"]: line["val_loss"] for line in log if "val_loss" in line})
+        runs[-1][resume.read_state(path)["tokens"]] = val_losses(path).mean()  # lines may be lost
     tokens = sorted(set.intersection(*map(set, runs)))
     return np.array(tokens), np.array([np.mean([run[t] for run in runs]) for t in tokens])
 
@@ -116,8 +118,7 @@ def latency(path: Path, reference: Path) -> float:
 def rows_of(recipe: dict, out_dir: Path) -> list[dict]:
     """A row for each model, the reference first. Verifies every checkpoint. Raises UserError."""
     references = [out_dir / path for path in recipe["models"][0]["paths"]]
-    final, rows = np.mean([val_losses(path).mean() for path in references]), []
-    latencies = {}  # of each shape: nothing else decides it
+    rows, latencies = [], {}  # of each shape: nothing else decides it
     for model in recipe["models"]:
         paths = [out_dir / path for path in model["paths"]]
         for path in paths:
@@ -130,7 +131,7 @@ def rows_of(recipe: dict, out_dir: Path) -> list[dict]:
         if str(config) not in latencies:
             latencies[str(config)] = latency(paths[0], references[0])
         tokens, values = curve(paths)
-        reached = tokens[values <= final]
+        reached = tokens[values <= np.mean([val_losses(p).mean() for p in references[: len(paths)]])]
         tokens_spent, flops_spent = spent(model, recipe, out_dir)
         cells = {
             "model": model["name"],

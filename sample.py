@@ -31,7 +31,9 @@ def main():
     config = configurator.load(SampleConfig)
     device, path = machine.pick_device(config.device), storage.resolve(config.model)
     model = checkpoint.load_model(path).to(device)
-    encoding = tokenizers.of_directory(path, storage.read_json(path / "config.json").get("tokenizer"))
+    table = storage.read_json(path / "config.json")
+    unnamed = None if table.get("model_type") == "gpt2" else str(path)
+    encoding = tokenizers.of_directory(path, table.get("tokenizer", unnamed))
     ids = encoding.encode_ordinary(config.prompt) or [encoding.eot_token]
     torch.manual_seed(config.seed)
     idx = torch.tensor([ids] * config.samples, device=device)  # (samples, T)

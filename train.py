@@ -86,7 +86,8 @@ class TrainConfig(ModelOptions):
         self.out_dir = str(Path(self.out_dir).expanduser())  # --out_dir=~/run
         positive = "tokens_per_step micro_batch eval_interval save_interval log_interval keep_checkpoints"
         limits = dict.fromkeys(positive.split(), (1, math.inf))
-        limits |= dict.fromkeys(("max_steps", "seed", "grad_clip", "weight_decay"), (0, math.inf))
+        limits |= dict.fromkeys(("max_steps", "grad_clip", "weight_decay"), (0, math.inf))
+        limits["seed"] = (0, 2**32 - 1)
         limits |= {"alpha": (0, 1), "tau": (1e-3, math.inf), "decay_fraction": (0, 1), "min_lr": (0, self.lr)}
         limits["warmup_steps"] = (0, stable_steps(self) or self.max_steps or math.inf)  # before the decay
         for key, (least, most) in limits.items():
@@ -305,7 +306,7 @@ def loop(config: TrainConfig) -> Path:
             losses = losses if evaluated_at == step else None
             path = save(config, meta, model, optimizer, scaler, state, lineages["init_from"], losses)
         if stop:
-            saved = f"saved {path}" if step > start_step else "nothing new to save"
+            saved = f"saved {path}" if new else "nothing new to save"
             raise UserError(f"stopped by {signal.Signals(stop).name}; {saved}", exit_code=128 + stop)
         if last:
             progress.close()

@@ -9,11 +9,12 @@ step has to be restored: data.py computes the order of the data from it.
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from model import GPT
+from model import GPT, GPTConfig
 from plumbing import checkpoint, storage
 from plumbing.configurator import UserError
 
@@ -69,13 +70,16 @@ def resume(path: Path, model: GPT, optimizer, scaler, settings: dict, override: 
     """Load a checkpoint into a run with these settings. Returns its state. UserError if a setting differs."""
     state = read_state(path)
     then = {"optimizer": "adamw"} | state["settings"] | state.get("made_from", {})  # older ones name none
-    changed = [key for key in settings if key not in override and then.get(key) != settings[key]]
+    shape = {field.name for field in fields(GPTConfig)} - {"dropout"}  # the weights would not fit
+    changed = [key for key in settings if key not in override or key in shape]
+    changed = [key for key in changed if then.get(key) != settings[key]]
     if changed:
         differences = "; ".join(f"{key}: {then.get(key)} then, {settings[key]} now" for key in changed)
-        raise UserError(
-            f"cannot resume {path}: {differences}; use the settings of then or a different out_dir, "
-            f"or, in train.py, allow the change with --override={','.join(filter(None, changed + override))}"
-        )
+        remedy = "use the settings of then or a different out_dir"
+        if shape.isdisjoint(changed):
+            allowed = ",".join(filter(None, changed + override))
+            remedy += f", or, in train.py, allow the change with --override={allowed}"
+        raise UserError(f"cannot resume {path}: {differences}; {remedy}")
     if state["step"] > settings["max_steps"]:
         raise UserError(f"{path} is beyond max_steps {settings['max_steps']}; raise it or change out_dir")
     if state["step"] == settings["max_steps"]:  # finished
@@ -84,7 +88,8 @@ def resume(path: Path, model: GPT, optimizer, scaler, settings: dict, override: 
         saved = checkpoint.load_model(path, next(model.parameters()).dtype)
         for ours, theirs in zip(model.parameters(), saved.parameters(), strict=True):
             ours.copy_(theirs)
-    load_optimizer(path, model, optimizer)
+    if state["step"] and then["optimizer"] == settings["optimizer"]:  # else it starts afresh
+        load_optimizer(path, model, optimizer)
     if state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     return state

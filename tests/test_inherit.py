@@ -283,10 +283,17 @@ def test_a_checkpoint_goes_on_top_of_itself(source, tmp_path):
         assert torch.equal(ours[f"transformer.h.{i}.{name}"], theirs[f"transformer.h.{layer}.{name}"])
 
 
-def test_a_top_of_another_width_is_refused(source, tmp_path):
-    other = random_model(n_embd=16, dtype=torch.float32)
+def test_a_top_and_its_layers_go_together(source, tmp_path):
+    for half in ({"top": source}, {"top_layers": "0:2"}):
+        with pytest.raises(UserError, match="top and top_layers go together"):
+            inherit.inherit(source, ":", tmp_path / "out", **half)
+
+
+@pytest.mark.parametrize("shape", [{"n_embd": 16}, {"n_head": 4}, {"scale_attn_by_inverse_layer_idx": True}])
+def test_a_top_whose_layers_compute_something_else_is_refused(source, tmp_path, shape):
+    other = random_model(**shape, dtype=torch.float32)
     checkpoint.save(tmp_path / "other", other, "bytes", 0)
-    with pytest.raises(UserError, match="other differs from .* in .*n_embd"):
+    with pytest.raises(UserError, match=f"other have different layers: {next(iter(shape))}: "):
         inherit.inherit(source, ":", tmp_path / "out", top=tmp_path / "other", top_layers=":")
     assert not (tmp_path / "out").exists()
 
@@ -355,7 +362,8 @@ def test_lists_with_an_entry_for_each_layer_are_sliced_too():
     assert inherit.sliced_config([inherit.Source(None, config, 4, 0)], [3, 1]) == target
     # of a second checkpoint on top, with a depth of its own: its layers count from 4
     top = config | {"num_hidden_layers": 2, "layer_types": ["x", "y"]}
-    joined = inherit.sliced_config([(None, config, 4, 0), (None, top, 2, 4)], [3, 5])
+    sources = [inherit.Source(None, config, 4, 0), inherit.Source(None, top, 2, 4)]
+    joined = inherit.sliced_config(sources, [3, 5])
     assert joined == config | {"num_hidden_layers": 2, "layer_types": ["d", "y"]}
 
 

@@ -130,7 +130,7 @@ def test_the_first_round_may_start_before_the_lazy_tail(tmp_path, data_dir, monk
     changes = {"max_steps": 2, "start_layers": "auto", "tolerance": 9.0}
     assert call_script(inheritune, *recipe_options(tmp_path, data_dir, **changes)) == 0
     assert read_recipe(tmp_path / "out") == [("reference", 4), ("target", 3)]
-    assert "by rank, the reference's last 1 layers are lazy: k = 3" in capsys.readouterr().out
+    assert "by rank, the reference has 1 lazy layers at its end: k = 3" in capsys.readouterr().out
 
 
 def test_the_default_is_half_of_the_reference_and_two_layers_more_each_round():
@@ -300,9 +300,12 @@ def test_an_edited_setting_of_a_baseline_is_refused(finished, tmp_path, monkeypa
 @pytest.mark.parametrize(
     "wrong,words",
     [
-        (["--start_layers=5"], "start_layers 5, expand_by 1, sequences 3; expected start_layers 1 to 4"),
+        (["--start_layers=5"], "start_layers 5, expand_by 1, sequences 3, max_steps 20; expected start_layers 1 to 4"),
+        (["--max_steps=0", "--warmup_steps=0"], "max_steps 0; expected"),
+        (["--seeds", "1", "5000000000"], "seeds are [1, 5000000000], expected 0 to 4294967295"),
+        (["--once", "randm"], "baselines.py: unknown key 'randm'; did you mean 'random'?"),
         (["--start_layers=0"], "start_layers 0"),
-        (["--sequences=0"], "sequences 0; expected"),
+        (["--sequences=0"], "sequences 0, max_steps 20; expected"),
         (["--expand_by=0"], "expand_by 0"),
         (["--init_from=gpt2"], "init_from, override and teacher are"),
         (["--teacher=gpt2"], "override and teacher are"),

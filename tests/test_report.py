@@ -10,7 +10,7 @@ from conftest import TINY, call_script, options
 
 import inheritune
 import report
-from plumbing import storage
+from plumbing import resume, storage
 from plumbing.configurator import UserError
 
 PRESET = '[inheritune]\nbaselines = ["random", "stacking"]\nsequences = 3\ntolerance = 9.0\n'
@@ -24,6 +24,15 @@ def finished(tmp_path_factory, data_dir):
     settings = TINY | {"n_layer": 4, "data_dir": data_dir, "out_dir": folder / "out"}
     assert call_script(inheritune, folder / "tiny.toml", *options(**settings)) == 0
     return folder / "out"
+
+
+def test_a_lost_log_leaves_the_last_point_of_the_curve(finished, tmp_path):
+    out_dir = shutil.copytree(finished, tmp_path / "out")
+    (out_dir / "reference/metrics.jsonl").unlink()
+    report.report(out_dir)
+    reference = storage.latest(out_dir / "reference")
+    tokens, values = report.curve([reference])
+    assert tokens == resume.read_state(reference)["tokens"] and values == report.val_losses(reference).mean()
 
 
 def with_losses(folder, *losses):

@@ -417,6 +417,31 @@ def test_a_change_that_is_asked_for_is_made(straight, data_dir, tmp_path):
     assert not equal(path, run(data_dir, tmp_path / "other", max_steps=12, dropout=0.1))
 
 
+@pytest.mark.parametrize("shape", [{"n_layer": 3}, {"n_head": 1}, {"bias": True}])
+def test_the_shape_cannot_be_overridden(straight, data_dir, tmp_path, shape):
+    (key,) = shape
+    with pytest.raises(UserError, match=f"{key}: ") as error:
+        run(data_dir, stop_at_10(straight, tmp_path), resume=True, dropout=0.1, override=key, **shape)
+    assert "--override" not in str(error.value)
+
+
+@pytest.mark.parametrize("first,then", [("adamw", "muon"), ("muon", "adamw")])
+def test_a_different_optimizer_starts_afresh(data_dir, tmp_path, first, then):
+    run(data_dir, tmp_path / "run", max_steps=4, optimizer=first)
+    again = {"resume": True, "override": "optimizer,max_steps", "optimizer": then, "max_steps": 6}
+    state = load_file(run(data_dir, tmp_path / "run", **again) / "optimizer.safetensors")
+    kinds = {key.split("|")[1] for key in state if "c_attn.weight" in key}
+    assert kinds == ({"momentum_buffer"} if then == "muon" else {"exp_avg", "exp_avg_sq", "step"})
+    assert state["transformer.wte.weight|step"].item() == 2
+
+
+def test_a_run_of_no_steps_can_be_continued(reference, data_dir, tmp_path):
+    same = {"init_from": str(reference), "n_layer": 4, "warmup_steps": 0}
+    run(data_dir, tmp_path / "run", **same, max_steps=0)
+    path = run(data_dir, tmp_path / "run", **same, max_steps=2, resume=True, override="max_steps")
+    assert path.name == "step-00000002"
+
+
 def test_a_run_cannot_be_resumed_beyond_its_new_end(straight, data_dir, tmp_path):
     copy = stop_at_10(straight, tmp_path)
     with pytest.raises(UserError, match="step-00000010 is beyond max_steps 8"):

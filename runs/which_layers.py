@@ -2,8 +2,9 @@
 
     python analyze_attention.py out/study_cpu/seed-1/reference --data_dir=data/study --ablate
     python runs/which_layers.py out/study_cpu seed-1
+    python runs/which_layers.py out/study_cpu seed-1 out/better/*     # and runs made by hand
 
-It compares the models of a recipe that took whole layers of its reference and were trained for the same
+It compares the models that took whole layers of a recipe's reference and were trained for the same
 steps. It prints a table and Spearman correlations, and writes which_layers.csv and which_layers.png into
 the recipe's directory.
 """
@@ -20,24 +21,27 @@ from plumbing import figures, storage
 from report import val_losses
 
 
-def rows(recipe_dir: Path, seed: str) -> list[dict]:
+def rows(recipe_dir: Path, seed: str, others: list[Path]) -> list[dict]:
     """name, layers, k, AvgRank, mean cost of the layers, loss: one row for each model."""
     recipe = storage.read_json(recipe_dir / "recipe.json")
     reference = recipe_dir / next(path for path in recipe["models"][0]["paths"] if path.startswith(seed))
     measured = storage.read_json(reference.parent / "attention/attention.json")["layers"]
     max_steps = storage.read_json(reference / "trainer_state.json")["step"]
-    found = []
+    paths, found = {}, []
     for model in recipe["models"]:
-        path = next((recipe_dir / each for each in model["paths"] if each.startswith(seed)), None)
-        if path is None or not (path.parent / "init/lineage.json").exists():
+        for path in (each for each in model["paths"] if each.startswith(seed)):
+            paths[model["name"]] = recipe_dir / path
+    for name, path in (paths | {each.name: storage.latest(each) for each in others}).items():
+        if not (path / "lineage.json").exists():  # random weights
             continue
-        lineage = storage.read_json(path.parent / "init/lineage.json")
-        layers, steps = lineage["layers"], storage.read_json(path / "trainer_state.json")["step"]
-        distinct = None not in layers and len(set(layers)) == len(layers) < len(measured)
+        lineage = storage.read_json(path / "lineage.json")
+        layers, state = lineage.get("layers", [None]), storage.read_json(path / "trainer_state.json")
+        smaller = None not in layers and len(layers) < len(measured)
         whole = lineage["sha256"] == storage.hashes(reference) and lineage["parts"] == "all"
-        if distinct and whole and steps == max_steps:
+        same = state["step"] == max_steps and not state["settings"]["teacher"]
+        if smaller and whole and same:
             found.append({
-                "model": model["name"],
+                "model": name,
                 "layers": " ".join(map(str, layers)),
                 "k": len(layers),
                 "avg_rank": np.mean([measured[layer]["max_rank"] for layer in layers]),
@@ -49,7 +53,7 @@ def rows(recipe_dir: Path, seed: str) -> list[dict]:
 
 def main():
     recipe_dir, seed = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else ""
-    found = rows(recipe_dir, seed)
+    found = rows(recipe_dir, seed, [Path(name) for name in sys.argv[3:]])
     for row in found:
         numbers = f"{row['avg_rank']:8.2f} {row['cost']:8.4f} {row['loss']:8.4f}"
         print(f"{row['model']:28s} {row['layers']:24s} {numbers}")

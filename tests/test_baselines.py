@@ -356,7 +356,7 @@ def test_the_models_of_whole_layers_are_compared_by_rank_and_by_cost(finished, d
     with open(out_dir / "which_layers.csv", encoding="utf-8") as file:
         rows = {row["model"]: row for row in csv.DictReader(file)}
     assert rows["last layers"]["layers"] == "2 3 4 5" and rows["lazy layers"]["layers"] == "3 4 5"
-    assert rows.keys().isdisjoint({"random", "hybrid stacking", "half width", "MLP and its norm", "distilled, inherited"})
+    assert rows.keys().isdisjoint({"random", "half width", "MLP and its norm", "distilled, inherited"})
     layers = storage.read_json(out_dir / "reference/attention/attention.json")["layers"]
     for key, measured in (("avg_rank", "max_rank"), ("cost", "cost")):
         expected = np.mean([layers[layer][measured] for layer in (2, 3, 4, 5)])

@@ -1,12 +1,15 @@
-"""docs/results.md and README.md: what they say of real models is what results/real/ holds."""
+"""docs/results.md and README.md: what they say is what the files in results/ hold."""
 
+import csv
 import json
+import re
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
-from report import paired_difference
+from ablation import spearman
+from report import paired_difference, val_losses
 
 RESULTS, README = (ROOT / "docs/results.md").read_text(), (ROOT / "README.md").read_text()
 MODELS = ("smollm2", "gemma3")
@@ -70,3 +73,49 @@ def test_what_the_last_layer_is_worth_is_the_paired_difference():
     paths = [[ROOT / "results/smollm2" / name] for name in ("first-15", "first-and-last")]
     difference, interval = paired_difference(*paths)
     assert f"{difference:.2f} ± {interval:.2f} nats more" in RESULTS
+
+
+# ---- the study on CPU cores
+
+STUDY = ROOT / "results/study_cpu"
+CLAIM = r"^\| [^|]+ \| ([^|]+) \| ([^|]+) \| ([+-]\d\.\d{4} ± \d\.\d{4}) \| (\d of \d) \| [^|]+ \|$"
+
+
+def reported() -> dict[tuple[str, str], tuple[str, str]]:
+    """(first model, second model) -> (difference, seeds), from the report's two tables."""
+    found = {}
+    for line in (STUDY / "report.md").read_text().splitlines():
+        cells = [cell.strip().replace("inherited, 8 layers", "target") for cell in line.strip("|").split("|")]
+        if len(cells) == 6 and " of " in cells[4]:  # claims
+            found[cells[1], cells[2]] = (cells[3], cells[4])
+        if len(cells) == 12 and "±" in cells[7]:  # models
+            found[cells[0], "reference"] = (cells[7], "")
+    return found
+
+
+@pytest.mark.parametrize("first,second,difference,seeds", re.findall(CLAIM, RESULTS, flags=re.MULTILINE))
+def test_a_row_of_the_study_is_that_of_its_report(first, second, difference, seeds):
+    found = reported()[first, second]
+    assert found[0] == difference and found[1] in (seeds, "")
+
+
+def test_the_study_has_its_rows():
+    assert len(re.findall(CLAIM, RESULTS, flags=re.MULTILINE)) >= 20
+
+
+BETTER = re.findall(r"^\| ([\d, ]+) \| (\d\.\d{4}) \| ([+-]\d\.\d{4} ± \d\.\d{4}) \|$", RESULTS, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("layers,loss,difference", BETTER)
+def test_a_choice_of_eight_layers_has_the_loss_of_its_file(layers, loss, difference):
+    path, target = (STUDY / "better" / name for name in (layers.replace(", ", "-"), "target"))
+    mean, interval = paired_difference([path], [target])
+    assert f"{val_losses(path).mean():.4f}" == loss and f"{mean:+.4f} ± {interval:.4f}" == difference
+
+
+def test_the_correlations_with_rank_and_cost_are_those_of_the_table():
+    with open(STUDY / "which_layers.csv", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["k"] == "8"]
+    for key in ("avg_rank", "cost"):
+        rho, p = spearman([float(row[key]) for row in rows], [float(row["loss"]) for row in rows])
+        assert f"{rho:+.2f} (p = {p:.2f})" in RESULTS

@@ -191,5 +191,5 @@ def test_a_number_of_layers_that_a_trained_reference_does_not_have_is_refused(hu
 
 
 def test_parts_of_another_family_are_refused(llama, tmp_path):
-    with pytest.raises(UserError, match="of a GPT-2"):
+    with pytest.raises(UserError, match="parts and width are for GPT-2, and .* is 'llama'"):
         inherit.inherit(llama, "0:2", tmp_path / "out", parts="ln_1,attn")

@@ -28,9 +28,9 @@ from plumbing.configurator import UserError
 # "transformer.h." "3" "ln_1.weight"
 LAYER = re.compile(r"^(.*?(?:^|\.)(?:h|layers|blocks)\.)(\d+)\.(.+)$")
 DEPTH = ("n_layer", "num_hidden_layers", "num_layers", "n_layers")  # in config.json, by family
-# settings that change no layer's arithmetic
-OUTSIDE_LAYERS = re.compile(
+OUTSIDE_LAYERS = re.compile(  # settings that change no layer's arithmetic
     "drop|token|vocab|version|dtype|name|architectures|ctx|positions?$|_embeddings$|cache|block_size|bias$"
+    "|initializer|summary|task"
 )
 BLOCK_PARTS = ("ln_1", "attn", "ln_2", "mlp")  # of a GPT-2 block
 
@@ -146,10 +146,12 @@ def open_sources(settings: InheritConfig) -> tuple[list[Source], dict]:
     if settings.width < 1:
         lineage["width"] = settings.width
     if settings.top:
+        default = {"scale_attn_by_inverse_layer_idx": False}  # GPT-2's files of the hub lack it
+        ours, theirs = (default | source.config for source in sources)
         differ = [
-            f"{key}: {value} and {sources[1].config.get(key)}"
-            for key, value in config.items()
-            if value != sources[1].config.get(key) and key not in DEPTH
+            f"{key}: {value} and {theirs[key]}"
+            for key, value in ours.items()
+            if value != theirs.get(key, value) and key not in DEPTH
             and not isinstance(value, list) and not OUTSIDE_LAYERS.search(key)
         ]
         if differ:

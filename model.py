@@ -83,7 +83,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.heads(x)
-        dropout_p = self.dropout if self.training else 0.0
+        dropout_p = self.dropout if self.training else 0.0  # the functions do not know the mode
         if x.device.type == "cpu" and q.dtype == torch.bfloat16 and x.shape[1] <= PRODUCTS_UP_TO:
             y = F.dropout(self.attention_weights(q, k), dropout_p) @ v  # (B, nh, T, T) @ (B, nh, T, hs)
         else:
@@ -140,7 +140,7 @@ class Block(nn.Module):
 
 def token_losses(logits, targets, reduction="mean"):
     """Cross-entropy, nats, of logits (B, T, V), targets (B, T): a scalar, or (B, T) for "none"."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # not in half
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # no loss in half precision
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
     return loss.view_as(targets) if reduction == "none" else loss
 
@@ -151,10 +151,10 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # keep a block's input alone, compute it again
+        self.gradient_checkpointing = False  # keep each block's input, compute the rest again
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),  # also the head
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),  # also the head: they are tied
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),

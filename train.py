@@ -2,8 +2,8 @@
 
     python train.py config/demo.toml --out_dir=out/mine --max_steps=100  # a minute on a CPU
     python train.py config/demo.toml --out_dir=out/mine --max_steps=100 --resume
-    torchrun --standalone --nproc_per_node=4 train.py config/demo.toml --micro_batch=8
-    python train.py --init_from=out/mine --data_dir=data/demo --max_steps=0  # only evaluate it
+    torchrun --standalone --nproc_per_node=4 train.py config/demo.toml --out_dir=out/mine --micro_batch=8
+    python train.py --init_from=out/mine --data_dir=data/demo --out_dir=out/same --max_steps=0  # its loss
 
 It writes checkpoints (out_dir/step-*/) and out_dir/metrics.jsonl. A step is one update.
 """
@@ -38,18 +38,15 @@ ModelOptions = make_dataclass("ModelOptions", OPTIONS)
 
 @dataclass
 class TrainConfig(ModelOptions):
-    """Train one model on a prepared data directory. Model options not set: those of init_from.
-
-    init_from=scratch:DIR draws random weights in the shape of the model in DIR.
-    """
+    """Train one model on prepared data. Options not set: init_from's; scratch:DIR: fresh, DIR's shape."""
 
     out_dir: str = may_change("out/run")  # checkpoints and metrics
     data_dir: str = may_change("data/python")  # made by prepare_data.py; its tokens may not change
-    init_from: str = may_change("scratch")  # random weights; or a model; scratch:DIR
+    init_from: str = may_change("scratch")  # or a model; scratch:DIR: see above
     resume: Literal["auto", True, False] = may_change(False)  # from the latest checkpoint; auto: if any
     override: str = may_change("")  # comma-separated settings allowed to differ on resume
 
-    # optimization: part of the experiment. The defaults are the paper's (appendix F)
+    # optimization: part of the experiment. The defaults are the paper's (appendix F), but for its batches
     tokens_per_step: int = 49_152  # over all processes: 48 sequences of 1,024
     max_steps: int = 100_000  # updates; 0: evaluate init_from and save it as a run of no steps
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices (ours)
@@ -83,7 +80,7 @@ class TrainConfig(ModelOptions):
     deterministic: bool = may_change(False)  # GPU: the same bits again, slower; a CPU: always
 
     def __post_init__(self):
-        self.out_dir = str(Path(self.out_dir).expanduser())  # --out_dir=~/run
+        self.out_dir = str(Path(self.out_dir).expanduser())  # a shell does not expand --out_dir=~/run
         positive = "tokens_per_step micro_batch eval_interval save_interval log_interval keep_checkpoints"
         limits = dict.fromkeys(positive.split(), (1, math.inf))
         limits |= dict.fromkeys(("max_steps", "grad_clip", "weight_decay"), (0, math.inf))
@@ -163,7 +160,7 @@ def train_step(model, optimizer, scaler, grad_clip, loss_of, batches, accumulati
         scaler.scale(loss).backward()
         total = total + loss.detach()
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)  # 0: no clipping
     if hasattr(optimizer, "found_inf") and not scaler.is_enabled():  # else scaler.step sets it
         optimizer.found_inf = torch.maximum(optimizer.found_inf, (~grad_norm.isfinite()).float())
     scaler.step(optimizer)
@@ -242,7 +239,7 @@ def loop(config: TrainConfig) -> Path:
     accumulation = data.accumulation(config.tokens_per_step, config.micro_batch, T, world_size)
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=hardware.dtype == torch.float16)
-    teacher_flops = teacher.config.flops_per_token() // 3 if teacher else 0  # forward alone
+    teacher_flops = teacher.config.flops_per_token() // 3 if teacher else 0  # forward: 2 of 6 for each weight
     flops_per_token = model.config.flops_per_token() + teacher_flops
 
     # ---- resume

@@ -1,7 +1,7 @@
 """A checkpoint is a Hugging Face directory: save and load models, and what a run needs to resume.
 
     python -c "from plumbing import checkpoint as c; print(c.load_model('out/demo/reference').config)"
-    python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained('out/.../step-400')"
+    python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained('out/.../step-00000400')"
 
 config.json            GPT2Config's fields, and ours: bias, tokenizer
 tokenizer.json         and tokenizer_config.json, copied from the data directory
@@ -63,7 +63,7 @@ def gpt_config(table: dict, path: Path) -> GPTConfig:
         elif field.name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
             wrong.append(f"no {key}")
         plain = isinstance(field.type, type) and field.name in options
-        if plain and key in table and type(table[key]) is not field.type:  # "false" is true
+        if plain and key in table and type(table[key]) is not field.type:  # "false" would pass for true
             wrong.append(f"{key} is {table[key]!r}, expected {field.type.__name__}")
     try:
         config = GPTConfig(**options) if not wrong else None
@@ -141,7 +141,7 @@ def stored_weights(path: Path) -> dict[str, torch.Tensor]:
     found = {key: hf_layout(key, tensor) for name, tensor in stored if (key := storage.gpt2_key(name))}
     head = found.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, found.get("transformer.wte.weight", head.new_empty(0))):
-        raise UserError(f"{path}: lm_head.weight differs from wte.weight; config.json: tied")
+        raise UserError(f"{path}: lm_head.weight differs from wte.weight, but config.json ties them")
     return found
 
 
@@ -168,7 +168,7 @@ def load_model(
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:T]
     # fine-tuned in transformers, a model's biases may no longer be zero
     bias = config.bias or any(tensor.any() for key, tensor in weights.items() if key.endswith(".bias"))
-    with torch.device("meta"):  # no time, no random numbers: they are replaced
+    with torch.device("meta"):  # no time, no random numbers for weights that are replaced
         model = GPT(replace(config, bias=bias, block_size=T, dropout=options.get("dropout", 0.0)))
     model = model.to(dtype).to_empty(device="cpu")
     try:

@@ -102,7 +102,7 @@ def load(cls, argv: list[str] | None = None):
     preset = preset_options(Path(argv.pop(0)), hints) if argv and argv[0].endswith(".toml") else []
     for i, option in enumerate(argv):
         hint = hints.get(option.removeprefix("--"))
-        is_switch = hint is bool or True in typing.get_args(hint)
+        is_switch = bool in (hint, *typing.get_args(hint)) or True in typing.get_args(hint)
         following = argv[i + 1] if i + 1 < len(argv) else "--"
         if is_switch and following.startswith("--"):  # --resume alone means --resume=True
             argv[i] += "=True"

@@ -70,7 +70,7 @@ def resume(path: Path, model: GPT, optimizer, scaler, settings: dict, override: 
     """Load a checkpoint into a run with these settings. Returns its state. UserError if a setting differs."""
     state = read_state(path)
     then = {"optimizer": "adamw"} | state["settings"] | state.get("made_from", {})  # older ones name none
-    shape = {field.name for field in fields(GPTConfig)} - {"dropout"}  # the weights would not fit
+    shape = {field.name for field in fields(GPTConfig)} - {"dropout"}  # another shape is another model
     changed = [key for key in settings if key not in override or key in shape]
     changed = [key for key in changed if then.get(key) != settings[key]]
     if changed:

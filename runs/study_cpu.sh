@@ -1,6 +1,6 @@
 #!/bin/sh
 # The CPU study, on two cores: the first seed on one, the two others on the other, then the report of all three.
-#   sh runs/study_cpu.sh      # about two hours; stop it and start it again at any time
+#   sh runs/study_cpu.sh      # two to three hours; stop it and start it again at any time
 set -eu
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"

@@ -2,7 +2,7 @@
 
     python analyze_attention.py out/study_cpu/seed-1/reference --data_dir=data/study --ablate
     python runs/which_layers.py out/study_cpu seed-1
-    python runs/which_layers.py out/study_cpu seed-1 out/better/*     # and runs made by hand
+    python runs/which_layers.py out/study_cpu seed-1 out/better/spread    # and runs made by hand
 
 It compares the models that took whole layers of a recipe's reference and were trained for the same
 steps. It prints a table and Spearman correlations, and writes which_layers.csv and which_layers.png into
@@ -37,7 +37,7 @@ def rows(recipe_dir: Path, seed: str, others: list[Path]) -> list[dict]:
         lineage = storage.read_json(path / "lineage.json")
         layers, state = lineage.get("layers", [None]), storage.read_json(path / "trainer_state.json")
         smaller = None not in layers and len(layers) < len(measured)
-        whole = lineage["sha256"] == storage.hashes(reference) and lineage["parts"] == "all"
+        whole = lineage["sha256"] == storage.hashes(reference) and lineage.get("parts") == "all"
         same = state["step"] == max_steps and not state["settings"]["teacher"]
         if smaller and whole and same:
             found.append({

@@ -126,3 +126,11 @@ def test_a_compiler_that_fails_is_one_line_with_what_to_do(capsys):
     error = capsys.readouterr().err
     assert stopped.value.code == 1 and error.count("\n") == 1
     assert "C++ compile error" in error and "--compile=False, or remove TORCHINDUCTOR_CACHE_DIR" in error
+
+
+def test_a_switch_that_may_be_unset_can_stand_alone_too():
+    """Model options are "bool | None"."""
+    from train import TrainConfig
+
+    config = configurator.load(TrainConfig, ["--bias", "--track_rank", "--max_steps=3000"])
+    assert config.bias is True and config.track_rank is True

@@ -1,6 +1,7 @@
 """inherit.py: every tensor exactly once, from where it should be, bit for bit."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -281,6 +282,23 @@ def test_a_checkpoint_goes_on_top_of_itself(source, tmp_path):
     for i, layer in enumerate([0, 1, 1, 3]):
         name = "mlp.c_fc.weight"
         assert torch.equal(ours[f"transformer.h.{i}.{name}"], theirs[f"transformer.h.{layer}.{name}"])
+
+
+def test_a_file_of_the_hub_goes_with_one_of_ours_on_top_or_below(source, tmp_path):
+    """The hub's GPT-2 has settings that ours lacks, and lacks some that ours has."""
+    hub = shutil.copytree(source, tmp_path / "hub")
+    (hub / "manifest.json").unlink()
+    ours = json.loads((hub / "config.json").read_text())
+    known = ("model_type", "n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "activation_function")
+    theirs = {key: ours[key] for key in known} | {"initializer_range": 0.02, "summary_type": "cls_index"}
+    (hub / "config.json").write_text(json.dumps(theirs | {"layer_norm_epsilon": 1e-5}))
+    for below, top in ((hub, source), (source, hub)):
+        out = inherit.inherit(below, "0:2", tmp_path / f"under-{top.name}", top=top, top_layers="2:4")
+        assert checkpoint.read_config(out).n_layer == 4
+    scaled = random_model(scale_attn_by_inverse_layer_idx=True, dtype=torch.float32)
+    checkpoint.save(tmp_path / "scaled", scaled, "bytes", 0)
+    with pytest.raises(UserError, match="different layers: scale_attn"):
+        inherit.inherit(hub, "0:2", tmp_path / "out", top=tmp_path / "scaled", top_layers="0:2")
 
 
 def test_a_top_and_its_layers_go_together(source, tmp_path):

@@ -100,7 +100,7 @@ def test_a_row_of_the_study_is_that_of_its_report(first, second, difference, see
 
 
 def test_the_study_has_its_rows():
-    assert len(re.findall(CLAIM, RESULTS, flags=re.MULTILINE)) >= 20
+    assert len(re.findall(CLAIM, RESULTS, flags=re.MULTILINE)) >= 20 and len(BETTER) == 8
 
 
 BETTER = re.findall(r"^\| ([\d, ]+) \| (\d\.\d{4}) \| ([+-]\d\.\d{4} ± \d\.\d{4}) \|$", RESULTS, flags=re.MULTILINE)

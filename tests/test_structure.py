@@ -29,7 +29,7 @@ FILE_LINES, FUNCTION_LINES, LOOP_LINES, RAISES = 350, 60, 100, 90
 # These numbers are what was reached. The first two rose from 3,870 and 2,580 with other families, tokenizers of models,
 # half width; then with Muon and ablation.py.
 LINES, TOP_LINES, LONG_SHARE = 4355, 2845, 0.05
-CLOSURES = {"train": 1680, "inherit": 610, "analyze_attention": 1505}  # lines that a script loads at its start
+CLOSURES = {"train": 1680, "inherit": 615, "analyze_attention": 1505}  # lines that a script loads at its start
 
 
 # ---- reading the files

@@ -30,7 +30,6 @@ LAYER = re.compile(r"^(.*?(?:^|\.)(?:h|layers|blocks)\.)(\d+)\.(.+)$")
 DEPTH = ("n_layer", "num_hidden_layers", "num_layers", "n_layers")  # in config.json, by family
 OUTSIDE_LAYERS = re.compile(  # settings that change no layer's arithmetic
     "drop|token|vocab|version|dtype|name|architectures|ctx|positions?$|_embeddings$|cache|block_size|bias$"
-    "|initializer|summary|task"
 )
 BLOCK_PARTS = ("ln_1", "attn", "ln_2", "mlp")  # of a GPT-2 block
 

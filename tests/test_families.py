@@ -1,6 +1,7 @@
 """Other families of transformers, and GPT-2 as the hub has it, through train.py and the recipe."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 import inherit
 import inheritune
+import sample
 import train
 from plumbing import checkpoint, storage
 from plumbing.configurator import UserError
@@ -183,6 +185,21 @@ def test_a_baseline_that_is_for_gpt2_is_refused_before_the_first_step(llama, dat
     settings = FREE | {"reference": str(llama), "data_dir": str(data_dir), "out_dir": str(tmp_path)}
     with pytest.raises(UserError, match=f"{name}: parts and width are for GPT-2"):
         inheritune.recipe(inheritune.RecipeConfig(**settings, start_layers=2, baselines=[name]))
+
+
+def test_a_trained_reference_has_no_checkpoint_before_its_decay(hub_gpt2, tmp_path):
+    settings = FREE | {"reference": str(hub_gpt2), "out_dir": str(tmp_path)}
+    with pytest.raises(UserError, match="inherited, WSD: a trained reference has no checkpoint before its decay"):
+        inheritune.recipe(inheritune.RecipeConfig(**settings, start_layers=2, once=["inherited, WSD"]))
+
+
+def test_text_is_never_written_with_the_tokens_of_another_family(llama, tmp_path, capsys):
+    """A Llama without tokenizer files is refused. sample.py takes gpt2's tokens for a GPT-2 alone."""
+    bare = shutil.copytree(llama, tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json", "manifest.json"):
+        (bare / name).unlink(missing_ok=True)
+    assert call_script(sample, bare, "--max_new_tokens=1", "--device=cpu") == 2
+    assert f"tokenizer '{bare}': " in capsys.readouterr().err
 
 
 def test_a_number_of_layers_that_a_trained_reference_does_not_have_is_refused(hub_gpt2):

@@ -204,6 +204,10 @@ def pictures(model: torch.nn.Module, idx: torch.Tensor, values: dict, heads: lis
 
 def identity(config: AnalyzeConfig) -> dict:
     """All that the numbers depend on. With this unchanged, an analysis is reused. UserError."""
+    paths = [storage.resolve(name) for name in (config.model, config.compare) if name]
+    wanted = {"block_size": config.seq_len}  # another family can read longer texts than by default
+    shapes = [checkpoint.read_config(path, wanted) for path in paths]
+    L, H = shapes[0].n_layer, shapes[0].n_head
     try:
         taus = sorted(map(float, config.tau.split(",")), key=lambda tau: (tau != 0.9, -tau))
         pairs = [each.split(":") for each in config.groups.split(",") if each]
@@ -211,20 +215,18 @@ def identity(config: AnalyzeConfig) -> dict:
         pairs = [each.split(".") for each in config.heads.split(",") if each]
         heads = [[int(layer), int(head)] for layer, head in pairs]
         least = min(config.seq_len - 1, config.sequences, config.micro_batch)
-        if least < 1 or not all(0 < tau <= 0.999 for tau in taus):  # above, rounding decides
+        inside = all(a < b <= L for a, b in groups) and all(i < L and h < H for i, h in heads)
+        if least < 1 or not inside or not all(0 < tau <= 0.999 for tau in taus):  # above, rounding decides
             raise ValueError
     except ValueError:
-        expected = "0 < tau <= 0.999, groups like 0:4,4:8, heads like 7.16, seq_len >= 2, others >= 1"
+        expected = f"0 < tau <= 0.999, groups like 0:{L}, heads like {L - 1}.0, seq_len >= 2, others >= 1"
         keys = ("tau", "groups", "heads", "seq_len", "sequences", "micro_batch")
         found = ", ".join(f"{key} {getattr(config, key)!r}" for key in keys)
         raise UserError(f"found {found}; expected {expected}") from None
-    paths = [storage.resolve(name) for name in (config.model, config.compare) if name]
-    wanted = {"block_size": config.seq_len}  # another family can read longer texts than by default
-    longest = [checkpoint.read_config(path, wanted).block_size for path in paths]
     return {
         "sha256": [storage.hashes(path) for path in paths],
         "data_sha256": data.read_meta(config.data_dir)["splits"]["val"]["sha256"],
-        "T": min(config.seq_len, *longest),
+        "T": min(config.seq_len, *(shape.block_size for shape in shapes)),
         "tau": taus, "ranges": groups, "drawn": heads,
         "wanted": config.sequences, "seed": config.seed,
         "cheap_below": config.cheap_below if config.ablate else None,  # None: no costs

@@ -5,6 +5,7 @@
 
 n is the reference's number of layers, k the target's. Layers count from 0. An entry says what a model begins
 with and how it is trained. inheritune.py trains it, with the same tokens in the same order as the target.
+"Ours" marks what the paper does not have.
 """
 
 import random
@@ -12,8 +13,8 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class Baseline:
-    """How a model of the recipe begins and is trained: a baseline, the reference, or the target of a round.
+class Plan:
+    """What a model of the recipe begins with and how it is trained: reference, target of a round, baseline.
 
     Without `layers` it begins with `n_layer` layers of random weights.
     """
@@ -31,7 +32,7 @@ class Baseline:
     settings: dict = field(default_factory=dict)  # of train.py, where they differ
 
 
-def baselines(n: int, k: int) -> dict[str, Baseline]:
+def baselines(n: int, k: int) -> dict[str, Plan]:
     """The known models by name, for a reference of n and a target of k layers."""
     first, last, everything = list(range(k)), list(range(n - k, n)), list(range(n))
     half, other_half = list(range((k + 1) // 2)), list(range(k // 2))
@@ -39,55 +40,53 @@ def baselines(n: int, k: int) -> dict[str, Baseline]:
     every_other += range(max(0, n - 2 - k + len(every_other)), n - 2)  # DistilBERT's; 16 of 24: ::2,18:22
     third = max(1, n // 3)
     in_place = 5 * n // 8  # of 24 layers the last 9 stay in place
-    kept = first[:-2]
-    grown = {"layers": kept, "source": "first layers, half the steps", "steps": 0.5}
-    growing = {  # grow while training (paper, section 1): half the steps with k - 2 layers, half with k
-        "first layers, half the steps": Baseline(layers=kept, steps=0.5),
-        "grown from the target": Baseline(top="reference", top_layers=first[-2:], **grown),
-        "grown with the last layers": Baseline(top="reference", top_layers=last[-2:], **grown),
-        "grown with fresh layers": Baseline(**grown | {"layers": [*kept, None, None]}),
-    }
+    kept = first[: max(1, k - 2)]
+    grow = {"layers": kept, "source": "first layers, half the steps", "steps": 0.5}
     wsd = {"schedule": "wsd"}
     return {
         # ---- is it the layers, or the steps? (paper, table 5; the last is ours)
-        "random": Baseline(n_layer=k),
-        "random, twice the steps": Baseline(n_layer=k, steps=2),
-        "reference, trained on": Baseline(layers=everything),
+        "random": Plan(n_layer=k),
+        "random, twice the steps": Plan(n_layer=k, steps=2),
+        "reference, trained on": Plan(layers=everything),
         # ---- which third, with random ones beside it (paper, table 4)
-        "first third": Baseline(layers=everything[:third]),
-        "middle third": Baseline(layers=everything[(n - third) // 2 :][:third]),
-        "last third": Baseline(layers=everything[n - third :]),
-        "random, third": Baseline(n_layer=third),
+        "first third": Plan(layers=everything[:third]),
+        "middle third": Plan(layers=everything[(n - third) // 2 :][:third]),
+        "last third": Plan(layers=everything[n - third :]),
+        "random, third": Plan(n_layer=third),
         # ---- which layers (paper, figure 3: the lazy layers are the last half; figure 23)
-        "first half": Baseline(layers=list(range(n // 2))),
-        "lazy layers": Baseline(layers=list(range(n - n // 2, n))),
-        "random, half": Baseline(n_layer=n // 2),
-        "last layers": Baseline(layers=last),
-        "first layers and the last": Baseline(layers=[*first[:-1], n - 1]),  # ours
-        "layers at random": Baseline(layers=sorted(random.Random(0).sample(everything, k))),  # ours
-        "middle layers": Baseline(layers=list(range((n - k) // 2, (n - k) // 2 + k))),
-        "every other layer": Baseline(layers=every_other),
-        "lazy layers in place": Baseline(layers=[None] * in_place + list(range(in_place, n))),
+        "first half": Plan(layers=list(range(n // 2))),
+        "lazy layers": Plan(layers=list(range(n - n // 2, n))),
+        "random, half": Plan(n_layer=n // 2),
+        "last layers": Plan(layers=last),
+        "first layers and the last": Plan(layers=[*first[:-1], n - 1]),  # ours
+        "layers at random": Plan(layers=sorted(random.Random(0).sample(everything, k))),  # ours
+        "middle layers": Plan(layers=list(range((n - k) // 2, (n - k) // 2 + k))),
+        "every other layer": Plan(layers=every_other),
+        "lazy layers in place": Plan(layers=[None] * in_place + list(range(in_place, n))),
         # ---- stacking (paper, appendix D): half the layers trained, then copied on top of themselves
-        "half of the target": Baseline(n_layer=len(half)),
-        "stacking": Baseline(layers=half + other_half, source="half of the target"),
-        "hybrid stacking": Baseline(layers=half + other_half),
+        "half of the target": Plan(n_layer=len(half)),
+        "stacking": Plan(layers=half + other_half, source="half of the target"),
+        "hybrid stacking": Plan(layers=half + other_half),
         # ---- half width (paper, appendix D): all layers, half the heads and MLP units of each
-        "half width": Baseline(layers=everything, width=0.5),
+        "half width": Plan(layers=everything, width=0.5),
         # ---- parts of layers (paper, table 3)
-        "attention and its norm": Baseline(layers=first, parts="ln_1,attn"),
-        "MLP and its norm": Baseline(layers=first, parts="ln_2,mlp"),
-        "attention and MLP, no norms": Baseline(layers=first, parts="attn,mlp"),
+        "attention and its norm": Plan(layers=first, parts="ln_1,attn"),
+        "MLP and its norm": Plan(layers=first, parts="ln_2,mlp"),
+        "attention and MLP, no norms": Plan(layers=first, parts="attn,mlp"),
         # ---- distillation, half the steps (paper, appendix D): random, and from every other layer
-        "distilled, random": Baseline(n_layer=k, teacher="reference", steps=0.5),
-        "distilled, every other layer": Baseline(layers=every_other, teacher="reference", steps=0.5),
-        "distilled, inherited": Baseline(layers=first, teacher="reference", steps=0.5),
-        "inherited, distilled first": Baseline(layers=first, source="distilled, inherited", steps=0.5),
-        **(growing if k > 2 else {}),
+        "distilled, random": Plan(n_layer=k, teacher="reference", steps=0.5),
+        "distilled, every other layer": Plan(layers=every_other, teacher="reference", steps=0.5),
+        "distilled, inherited": Plan(layers=first, teacher="reference", steps=0.5),
+        "inherited, distilled first": Plan(layers=first, source="distilled, inherited", steps=0.5),
+        # ---- grow while training (paper, section 1): half the steps with k - 2 layers, half with k
+        "first layers, half the steps": Plan(layers=kept, steps=0.5),
+        "grown from the target": Plan(top="reference", top_layers=first[len(kept) :], **grow),
+        "grown with the last layers": Plan(top="reference", top_layers=last[len(kept) :], **grow),
+        "grown with fresh layers": Plan(**grow | {"layers": kept + [None] * (k - len(kept))}),
         # ---- warm-up, stable, decay (ours)
-        "reference, WSD": Baseline(n_layer=n, settings=wsd),
-        "inherited, WSD": Baseline(layers=first, source="reference, WSD", stable=True, settings=wsd),
-        "random, twice the steps, WSD": Baseline(n_layer=k, steps=2, settings=wsd),
+        "reference, WSD": Plan(n_layer=n, settings=wsd),
+        "inherited, WSD": Plan(layers=first, source="reference, WSD", stable=True, settings=wsd),
+        "random, twice the steps, WSD": Plan(n_layer=k, steps=2, settings=wsd),
     }
 
 

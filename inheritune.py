@@ -15,7 +15,7 @@ from typing import Literal
 
 import data
 from analyze_attention import AnalyzeConfig, analyze, stored, suggested_layers
-from baselines import PAPER, Baseline, baselines
+from baselines import PAPER, Plan, baselines
 from inherit import inherit, lineage_of
 from model import GPTConfig
 from plumbing import checkpoint, configurator, processes, storage
@@ -66,18 +66,18 @@ class RecipeConfig(TrainConfig):
             raise UserError(f"n_layer is {self.n_layer}, but {self.reference} has {self.n} layers")
 
 
-def round_target(config: RecipeConfig, k: int, previous_k: int | None) -> Baseline:
+def round_target(config: RecipeConfig, k: int, previous_k: int | None) -> Plan:
     """The growth rule: what the target of k layers begins with (Inheritune step 3: expand)."""
     if not previous_k or config.expand_from == "reference":  # the reference's first k layers
-        return Baseline(layers=list(range(k)))
+        return Plan(layers=list(range(k)))
     kept = list(range(previous_k))
     if config.expand_from == "fresh":
-        return Baseline(layers=[*kept, *[None] * (k - previous_k)], source="target")
+        return Plan(layers=[*kept, *[None] * (k - previous_k)], source="target")
     added = list(range(previous_k, k))  # the reference's next layers
-    return Baseline(layers=kept, source="target", top="reference", top_layers=added)
+    return Plan(layers=kept, source="target", top="reference", top_layers=added)
 
 
-def wanted(names: list[str], n: int, k: int) -> dict[str, Baseline]:
+def wanted(names: list[str], n: int, k: int) -> dict[str, Plan]:
     """The baselines of these names and those that they begin with, in the order of training."""
     known, found = baselines(n, k), {}
     for name in names:
@@ -87,7 +87,7 @@ def wanted(names: list[str], n: int, k: int) -> dict[str, Baseline]:
     return found
 
 
-def train_config(config: RecipeConfig, model: Baseline, seed: int, out_dir: Path) -> TrainConfig:
+def train_config(config: RecipeConfig, model: Plan, seed: int, out_dir: Path) -> TrainConfig:
     """The settings of train.py for one model of the recipe. Raises UserError if they do not fit."""
     settings = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
     max_steps = max(1, round(model.steps * config.max_steps))
@@ -104,7 +104,7 @@ def train_config(config: RecipeConfig, model: Baseline, seed: int, out_dir: Path
 
 def check(config: RecipeConfig):
     """Check every model's settings before the first step. Raises UserError."""
-    models = {"reference": Baseline(n_layer=config.n)}
+    models = {"reference": Plan(n_layer=config.n)}
     models |= wanted(config.baselines + config.once, config.n, config.first_k)
     if config.paper:
         configurator.check_key(config.paper, PAPER, "paper")
@@ -121,6 +121,8 @@ def check(config: RecipeConfig):
             other_family = type(base) is not GPTConfig and (model.parts or model.width < 1)
             if other_family or model.width * shape.n_head % 1:
                 raise ValueError("parts and width are for GPT-2, and a width needs whole heads")
+            if bool(model.top) != bool(model.top_layers):
+                raise ValueError("top and top_layers go together: set both or neither")
             if model.stable and config.reference:
                 raise ValueError("a trained reference has no checkpoint before its decay")
             tokens, micro_batch = settings.tokens_per_step, settings.micro_batch
@@ -143,7 +145,7 @@ class Models:
         step = f"step-{stable_steps(settings):08d}" if stable else ""
         return storage.resolve(Path(settings.out_dir) / step)
 
-    def make(self, name: str, model: Baseline, directory: str) -> tuple[Path, list[Path]]:
+    def make(self, name: str, model: Plan, directory: str) -> tuple[Path, list[Path]]:
         """Inherit and train (Inheritune steps 1, 2), once. Returns the checkpoint and its sources."""
         out_dir, sources = self.out_dir / directory, []
         settings = train_config(self.config, model, self.seed, out_dir)
@@ -190,7 +192,7 @@ def recipe(config: RecipeConfig):
     seeds = [Models(config, seed) for seed in config.seeds or [config.seed]]
     compared = []  # the models of recipe.json
 
-    def make_for(chosen: list[Models], name: str, role: str, model: Baseline, directory: str, title: str):
+    def make_for(chosen: list[Models], name: str, role: str, model: Plan, directory: str, title: str):
         made = [each.make(name, model, directory) for each in chosen]
         paths = [path for path, _ in made]
         relative = [str(path.relative_to(out_dir)) for path in paths]
@@ -199,7 +201,7 @@ def recipe(config: RecipeConfig):
         return paths
 
     # ---- the reference; auto: how many of its layers are not lazy (paper, section 2)
-    references = make_for(seeds, "reference", "reference", Baseline(n_layer=n), "reference", "reference")
+    references = make_for(seeds, "reference", "reference", Plan(n_layer=n), "reference", "reference")
     k, previous_k = config.first_k, None
     if config.start_layers == "auto":
         by_rank = suggested_layers(on_rank_0(measure, config, references[0]), "lazy")

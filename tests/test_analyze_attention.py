@@ -249,7 +249,7 @@ def test_the_paper_s_setting_is_the_default_and_a_seed_fixes_the_windows(gpt, co
 
 @pytest.mark.parametrize(
     "wrong",
-    ["--tau=0", "--tau=1.0", "--tau=0.9,x", "--groups=4", "--heads=7", "--heads=1.2.3"],
+    ["--tau=0", "--tau=1.0", "--tau=0.9,x", "--groups=4", "--groups=0:99", "--heads=7", "--heads=1.2.3", "--heads=9.0"],
 )
 def test_an_impossible_setting_is_one_line(gpt, corpus, tmp_path, capsys, wrong):
     assert call_script(analyze_attention, gpt, f"--data_dir={corpus}", f"--out={tmp_path / 'a'}", wrong) == 2
@@ -260,7 +260,7 @@ def test_an_impossible_setting_is_one_line(gpt, corpus, tmp_path, capsys, wrong)
 def test_two_models_and_the_control_are_analyzed_side_by_side(gpt, corpus, tmp_path, capsys):
     other = save_gpt(tmp_path / "inherited-2" / "step-00000050", n_layer=2, bias=True)
     options = [f"--compare={other}", f"--data_dir={corpus}", f"--out={tmp_path / 'a'}", "--sequences=3"]
-    assert call_script(analyze_attention, gpt, *options, "--heads=2.1,0.0,9.9", "--groups=0:2") == 0
+    assert call_script(analyze_attention, gpt, *options, "--heads=2.1,0.0", "--groups=0:2") == 0
     result = json.loads((tmp_path / "a/attention.json").read_text())
     assert result["name"] == "reference" and result["compared"]["name"] == "inherited-2"  # the runs' names
     assert [len(result[key]["layers"]) for key in ("untrained", "compared")] == [4, 2]

@@ -110,7 +110,13 @@ def test_every_baseline_can_be_built_for_every_size(n, k):
             assert sizes[name] == (n if in_place else k), name
     assert sizes["first half"] == sizes["lazy layers"] == sizes["random, half"] == n // 2
     shape = {"n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 64, "tokens_per_step": 128}
-    inheritune.check(inheritune.RecipeConfig(n_layer=n, start_layers=k, baselines=list(models), **shape))
+    names = [name for name, model in models.items() if k > 1 or not model.top]  # one layer cannot be grown into
+    inheritune.check(inheritune.RecipeConfig(n_layer=n, start_layers=k, baselines=names, **shape))
+
+
+def test_a_baseline_that_puts_no_layers_on_top_is_refused_before_the_first_step():
+    with pytest.raises(UserError, match="grown from the target: top and top_layers go together"):
+        inheritune.check(inheritune.RecipeConfig(n_layer=4, start_layers=1, baselines=["grown from the target"]))
 
 
 def test_the_claims_name_models_that_exist():
@@ -134,7 +140,7 @@ def test_a_model_is_trained_after_those_that_it_is_made_from():
     "how", [{"teacher": "random"}, {"top": "random", "top_layers": [0]}, {"source": "random"}]
 )
 def test_a_teacher_and_a_top_are_trained_before_too(how, monkeypatch):
-    added = {"mine": baselines.Baseline(layers=[0], **how)}
+    added = {"mine": baselines.Plan(layers=[0], **how)}
     monkeypatch.setattr(inheritune, "baselines", lambda n, k: added | baselines.baselines(n, k))
     assert list(inheritune.wanted(["mine"], 24, 16)) == ["random", "mine"]
 
@@ -300,7 +306,7 @@ def test_the_recipe_lists_what_each_baseline_was_made_from(finished):
 def test_a_baseline_is_added_in_five_lines(tmp_path, data_dir):
     """The file is edited as docs/reproduce.md says, then the recipe is run."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/reproduce.md").read_text(), flags=re.DOTALL)
-    text = next(block for block in blocks if ": Baseline(" in block)
+    text = next(block for block in blocks if ": Plan(" in block)
     text = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
     assert len(text.strip().splitlines()) <= 5
     for path in (*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")):
@@ -310,7 +316,7 @@ def test_a_baseline_is_added_in_five_lines(tmp_path, data_dir):
     (tmp_path / "baselines.py").write_text(
         source.replace("    return {\n", f"    return {{\n{text.strip(chr(10))}\n", 1)
     )
-    name = re.search(r'"([^"]+)": Baseline\(', text)[1]
+    name = re.search(r'"([^"]+)": Plan\(', text)[1]
     settings = TINY | {
         "n_layer": 4,
         "max_steps": 4,
@@ -338,7 +344,7 @@ def test_a_baseline_is_added_in_five_lines(tmp_path, data_dir):
 def test_a_mistake_in_a_baseline_is_named_before_the_first_step(
     settings, words, tmp_path, data_dir, monkeypatch
 ):
-    added = {"wrong": baselines.Baseline(n_layer=2, settings=settings)}
+    added = {"wrong": baselines.Plan(n_layer=2, settings=settings)}
     monkeypatch.setattr(inheritune, "baselines", lambda n, k: baselines.baselines(n, k) | added)
     tiny = TINY | {"data_dir": str(data_dir), "out_dir": str(tmp_path / "out")}
     with pytest.raises(UserError, match=f"^wrong: .*{words}"):

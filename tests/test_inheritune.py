@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import baselines
 import inheritune
-from baselines import Baseline
+from baselines import Plan
 from plumbing import checkpoint, resume, storage
 from plumbing.configurator import UserError
 
@@ -144,7 +144,7 @@ def test_the_default_is_half_of_the_reference_and_two_layers_more_each_round():
 
 
 def test_every_seed_has_its_own_reference_order_and_models(tmp_path, data_dir, monkeypatch, quick):
-    edit(monkeypatch, alone=Baseline(n_layer=1))
+    edit(monkeypatch, alone=Plan(n_layer=1))
     changes = {"max_steps": 2, "n_layer": 2, "tolerance": 9.0}
     seeds = ["--seeds", "1", "2", "--baselines", "random", "--once", "alone"]
     assert call_script(inheritune, *recipe_options(tmp_path, data_dir, **changes), *seeds) == 0
@@ -274,11 +274,11 @@ def test_a_different_reference_is_never_mixed_with_what_the_old_one_left(finishe
 def test_an_edited_baseline_is_refused(finished, tmp_path, monkeypatch, capsys, quick, before, after, word):
     out_dir = shutil.copytree(finished[0], tmp_path / "out")
     arguments = [*finished[1], f"--out_dir={out_dir}", "--tolerance=10", "--baselines", "mine"]
-    edit(monkeypatch, mine=Baseline(**{"layers": [0]} | before))
+    edit(monkeypatch, mine=Plan(**{"layers": [0]} | before))
     assert call_script(inheritune, *arguments) == 0
     recipe = (out_dir / "recipe.json").read_bytes()
     capsys.readouterr()
-    edit(monkeypatch, mine=Baseline(**{"layers": [0]} | after))
+    edit(monkeypatch, mine=Plan(**{"layers": [0]} | after))
     assert call_script(inheritune, *arguments) == 2
     error = capsys.readouterr().err
     assert "mine-1/init was made with a different " in error and word in error and error.count("\n") == 1
@@ -289,7 +289,7 @@ def test_an_edited_setting_of_a_baseline_is_refused(finished, tmp_path, monkeypa
     out_dir = shutil.copytree(finished[0], tmp_path / "out")
     arguments = [*finished[1], f"--out_dir={out_dir}", "--tolerance=10", "--baselines", "mine"]
     for settings, code in (({}, 0), ({"lr": 2e-3}, 2)):
-        edit(monkeypatch, mine=Baseline(n_layer=1, settings=settings))
+        edit(monkeypatch, mine=Plan(n_layer=1, settings=settings))
         assert call_script(inheritune, *arguments) == code
     assert "cannot resume" in (error := capsys.readouterr().err) and "lr: 0.01 then, 0.002 now" in error
 
@@ -333,8 +333,8 @@ def test_an_option_that_does_not_exist_ends_with_2_and_names_the_nearest(tmp_pat
 
 
 def test_a_baseline_whose_source_has_a_different_width_is_refused(tmp_path, data_dir, monkeypatch, quick):
-    narrow = Baseline(n_layer=2, settings={"n_embd": 16})
-    edit(monkeypatch, narrow=narrow, mine=Baseline(layers=[0], source="narrow"))
+    narrow = Plan(n_layer=2, settings={"n_embd": 16})
+    edit(monkeypatch, narrow=narrow, mine=Plan(layers=[0], source="narrow"))
     settings = RECIPE | {
         "data_dir": str(data_dir),
         "out_dir": str(tmp_path / "out"),

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 import inheritune
-from baselines import PAPER, Baseline
+from baselines import PAPER, Plan
 from inheritune import RecipeConfig
 from model import GPTConfig
 from plumbing import configurator
@@ -139,7 +139,7 @@ def test_the_hours_in_a_script_s_header_follow_from_the_flops(name, monkeypatch)
     k = int([row for row in rows if row[0].startswith("inherited")][-1][1])  # of the last round in the table
     total, baselines = 0.0, inheritune.wanted(config.baselines, config.n, k)
     for row_name, layers, steps, per_token, flops, *hours in rows:
-        baseline = baselines.get(row_name, Baseline(n_layer=int(layers)))
+        baseline = baselines.get(row_name, Plan(n_layer=int(layers)))
         assert int(layers) == (baseline.n_layer or len(baseline.layers) + len(baseline.top_layers)), row_name
         shape, share = gpt_config(config), baseline.width
         narrow = {"n_embd": int(share * shape.n_embd), "n_head": int(share * shape.n_head)}

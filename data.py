@@ -11,6 +11,8 @@ rank or a micro-batch only takes its slice of it, and all models of a comparison
 """
 
 import functools
+import hashlib
+import json
 import math
 from pathlib import Path
 
@@ -22,6 +24,12 @@ from plumbing.configurator import UserError
 FORMAT = 1
 
 
+def hash_of(meta: dict) -> str:
+    """The sha256 of what a meta.json says, which it holds itself."""
+    content = {key: value for key, value in meta.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def read_meta(data_dir: str | Path) -> dict:
     """The meta.json of a data directory. UserError unless the files have the sizes it says."""
     data_dir = Path(data_dir).expanduser()
@@ -30,6 +38,8 @@ def read_meta(data_dir: str | Path) -> dict:
     remedy = f"prepare it with: python prepare_data.py SOURCE --out={data_dir}"
     if meta.get("format") != FORMAT:
         raise UserError(f"{data_dir}: no meta.json of format {FORMAT}, so not prepared; {remedy}")
+    if meta.get("sha256", hash_of(meta)) != hash_of(meta):  # older files have none
+        raise UserError(f"{file}: sha256 mismatch, so it was changed; {remedy}")
     for split, entry in meta["splits"].items():
         path = data_dir / f"{split}.bin"
         found = path.stat().st_size if path.is_file() else "no file"

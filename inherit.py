@@ -172,9 +172,12 @@ def source_tensors(sources: list[Source], width: float) -> dict:
         for stored_name, tensor in storage.read_tensors(path).items():
             name = rename(stored_name) or ""  # a mask has no name
             match = LAYER.match(name)
-            if match and int(match[2]) < n_layer:  # beyond: predicts several tokens at once
+            if match and int(match[2]) < n_layer:
                 name = f"{match[1]}{offset + int(match[2])}.{match[3]}"
-            elif match or offset or not name:
+            elif match:  # it predicts several tokens at once
+                print(f"{path}: left out {name}, in a layer beyond the {n_layer} of config.json")
+                continue
+            elif offset or not name:
                 continue
             found[name] = narrow(name, tensor, width)
     return found

@@ -18,7 +18,7 @@ from analyze_attention import AnalyzeConfig, analyze, stored, suggested_layers
 from baselines import PAPER, Plan, baselines
 from inherit import inherit, lineage_of
 from model import GPTConfig
-from plumbing import checkpoint, configurator, processes, storage
+from plumbing import checkpoint, configurator, machine, processes, storage
 from plumbing.configurator import UserError
 from plumbing.processes import on_rank_0
 from report import paired_difference, report, verdict
@@ -104,8 +104,9 @@ def train_config(config: RecipeConfig, model: Plan, seed: int, out_dir: Path) ->
 
 def check(config: RecipeConfig):
     """Check every model's settings before the first step. Raises UserError."""
-    models = {"reference": Plan(n_layer=config.n)}
+    models = {"reference": Plan(n_layer=config.n), "target": Plan(layers=list(range(config.first_k)))}
     models |= wanted(config.baselines + config.once, config.n, config.first_k)
+    shapes = {}  # of one layer of each model
     if config.paper:
         configurator.check_key(config.paper, PAPER, "paper")
     base, world_size = GPTConfig(), processes.rank_and_world_size()[1]
@@ -121,6 +122,14 @@ def check(config: RecipeConfig):
             other_family = type(base) is not GPTConfig and (model.parts or model.width < 1)
             if other_family or model.width * shape.n_head % 1:
                 raise ValueError("parts and width are for GPT-2, and a width needs whole heads")
+            machine.pick_device(settings.device)
+            shapes[name] = replace(shape, n_layer=1, dropout=0.0)
+            reference = shapes["reference"]
+            if (shape.block_size, shape.vocab_size) != (reference.block_size, reference.vocab_size):
+                raise ValueError("block_size and vocab_size are not those of the reference")
+            sources = [shapes[each] for each in (model.source, model.top) if each and model.layers]
+            if model.width == 1 and any(source != shapes[name] for source in sources):
+                raise ValueError("its shape is not that of the layers that it takes")
             if bool(model.top) != bool(model.top_layers):
                 raise ValueError("top and top_layers go together: set both or neither")
             if model.stable and config.reference:
@@ -222,12 +231,12 @@ def recipe(config: RecipeConfig):
     on_rank_0(measure, config, references[0], targets[0])
 
     # ---- baselines, and the report. A first report is there before the baselines are trained
-    def write_report(first: bool) -> str:
+    def write_report(first: bool):
         if first and (out_dir / "recipe.json").exists():  # rank 0 alone looks
-            return ""
+            return
         content = {"models": compared, "tolerance": config.tolerance, "paper": config.paper}
         storage.write_json(out_dir / "recipe.json", content)
-        return report(out_dir)
+        report(out_dir)
 
     on_rank_0(write_report, True)
     always = wanted(config.baselines, n, k)
@@ -235,7 +244,7 @@ def recipe(config: RecipeConfig):
         directory = "-".join(name.replace(",", "").lower().split())
         chosen = seeds if name in always else seeds[:1]
         make_for(chosen, name, "baseline", model, f"{directory}-{k}", name)
-    processes.say(on_rank_0(write_report, False))
+    on_rank_0(write_report, False)
 
 
 def main():

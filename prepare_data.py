@@ -12,6 +12,7 @@ from the beginning, but what `datasets` has downloaded stays in its cache (HF_HO
 grow with the corpus.
 """
 
+import errno
 import functools
 import glob
 import json
@@ -123,6 +124,8 @@ def load(column: str, path: str, name: str | None = None, num_proc: int = 1, **o
         table = builder.as_dataset(split="train").select_columns([column])
     except Exception as error:  # also those of pyarrow, pandas, fsspec and the HTTP library
         cause = error.__cause__ or error
+        if getattr(cause, "errno", None) in (errno.EROFS, errno.EACCES, errno.ENOSPC):  # HF_HOME, no input
+            raise OSError(cause.errno, cause.strerror, f"{cause.filename} (set HF_HOME)") from None
         raise UserError(f"{type(cause).__name__} {' '.join(str(cause).split())[:300]}") from None
     return table.data.column(0), builder.hash
 
@@ -176,7 +179,8 @@ def from_files(config: PrepareConfig, paths: list[Path]):
 
     def read(item) -> str | None:
         if suffix != ".jsonl":
-            return item.as_py()
+            text = item.as_py()
+            return text.decode() if isinstance(text, bytes) else text
         line = item.as_py().strip()
         text = json.loads(line)[column] if line else ""
         # JSON can hold half of a surrogate pair, which no encoding can: it becomes U+FFFD
@@ -288,6 +292,7 @@ def write(config: PrepareConfig, out: Path, source, encoding, arguments: dict):
         "splits": splits,
         "arguments": arguments,
     }
+    meta["sha256"] = data.hash_of(meta)
     storage.write_json(out / "meta.json", meta)  # last: if it exists, the directory is complete
 
 

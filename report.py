@@ -228,11 +228,11 @@ def report_run(run_dir: Path, animate: bool) -> str:
     return f"{run_dir}/collapse.png"
 
 
-def report(out_dir: str | Path, animate: bool = False, paper: str = "") -> str:
-    """Write report.md and its figures. Returns the tables as text. Raises UserError."""
+def report(out_dir: str | Path, animate: bool = False, paper: str = ""):
+    """Print the tables, then write report.md and its figures. Raises UserError."""
     out_dir = Path(out_dir)
     if (out_dir / "metrics.jsonl").is_file():  # one run, not a recipe
-        return report_run(out_dir, animate)
+        return configurator.say(report_run(out_dir, animate))
     recipe = storage.read_json(out_dir / "recipe.json")
     rows = rows_of(recipe, out_dir)
     target = next(row["paths"][0] for row in rows if row["role"] == "target")
@@ -241,6 +241,7 @@ def report(out_dir: str | Path, animate: bool = False, paper: str = "") -> str:
     tables = [table(models), claims(rows), attention_table(attention)]
     paper = paper or recipe["paper"]
     beside = f"## Beside the paper\n\n{paper_table(rows, paper)}\n" if paper else ""
+    configurator.say("\n\n".join(["", *tables, beside]))  # first: the disk may be full
     states = [resume.read_state(path) for row in rows for path in row["paths"]]
     commits = ", ".join(sorted({state["versions"]["commit"] for state in states}))
     seeds = ", ".join(sorted({str(state["settings"]["seed"]) for state in states}))
@@ -278,11 +279,11 @@ Command: `python {made_by["command"]}`
     figures.plot_losses(rows, out_dir / "loss.png")
     figures.plot_differences(rows, out_dir / "differences.png")
     figures.plot_attention(attention, out_dir / "rank.png")
-    return "\n\n".join(["", *tables, beside, f"report: {out_dir}/report.md"])
+    configurator.say(f"report: {out_dir}/report.md")
 
 
 def main():
-    print(report(**vars(configurator.load(ReportConfig))))
+    report(**vars(configurator.load(ReportConfig)))
 
 
 if __name__ == "__main__":

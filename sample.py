@@ -4,6 +4,7 @@
     python sample.py gpt2 --prompt="In 2026," --max_new_tokens=50 --top_k=40 --samples=3
 """
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ class SampleConfig:
     """Continue a prompt with a model."""
 
     model: tyro.conf.Positional[str]  # a checkpoint, a run directory or a name on the hub
-    prompt: str = ""  # empty: start from an end-of-text
+    prompt: str = ""  # empty: start from an end-of-text; -: read standard input
     max_new_tokens: int = 200
     temperature: float = 0.8  # 0: always the likeliest token
     top_k: int | None = 200  # sample among the k likeliest tokens; None: among all
@@ -34,7 +35,8 @@ def main():
     table = storage.read_json(path / "config.json")
     unnamed = None if table.get("model_type") == "gpt2" else str(path)
     encoding = tokenizers.of_directory(path, table.get("tokenizer", unnamed))
-    ids = encoding.encode_ordinary(config.prompt) or [encoding.eot_token]
+    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    ids = encoding.encode_ordinary(prompt) or [encoding.eot_token]
     torch.manual_seed(config.seed)
     idx = torch.tensor([ids] * config.samples, device=device)  # (samples, T)
     try:

@@ -237,6 +237,8 @@ def loop(config: TrainConfig) -> Path:
     val_tokens = data.open_tokens(config.data_dir, "val", T, config.vocab_size)
     rank, world_size = processes.rank_and_world_size()
     accumulation = data.accumulation(config.tokens_per_step, config.micro_batch, T, world_size)
+    if (n_windows := len(data.val_starts(len(val_tokens), T))) < 10:
+        processes.say(f"warning: {n_windows} validation windows of {T} tokens; losses are hardly comparable")
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=hardware.dtype == torch.float16)
     teacher_flops = teacher.config.flops_per_token() // 3 if teacher else 0  # forward: 2 of 6 for each weight
@@ -252,8 +254,6 @@ def loop(config: TrainConfig) -> Path:
         state = resume.resume(path, model, optimizer, scaler, fixed | made_from, config.override.split(","))
         start_step, evaluated_at = state["step"], state["evaluated_at"]
         processes.say(f"resuming from {path}: step {start_step} of {config.max_steps}")
-        if start_step == config.max_steps:
-            return path
 
     # ---- loop: `step` updates have been made
     parallel = processes.distribute(model, device)

@@ -227,8 +227,8 @@ def save(path, model, tokenizer: str, eot: int, optimizer=None, files: dict | No
             if values:
                 values = {key: value.contiguous() for key, value in values.items()}
                 save_file(values, directory / f"{stem}.safetensors", metadata={"format": "pt"})
-        if data_dir:
-            storage.copy_tokenizer(Path(data_dir).expanduser(), directory)
+        if data_dir and (source := Path(data_dir).expanduser()).is_dir():  # deleted: the weights are saved
+            storage.copy_tokenizer(source, directory)
         for name, content in ({"config.json": config} | (files or {})).items():
             storage.write_json(directory / name, content)
 

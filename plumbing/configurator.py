@@ -8,8 +8,10 @@ tyro makes the command line from the dataclass and checks it. A preset's keys be
 of the user's, so tyro checks them too and the last one wins. [inheritune] is for inheritune.py only.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import math
 import os
 import signal
 import sys
@@ -18,6 +20,7 @@ import typing
 from pathlib import Path
 
 import tyro
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -31,6 +34,12 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
+def say(text: str):
+    """Print without breaking a progress bar. A full disk under a redirected log ends no run."""
+    with contextlib.suppress(OSError):
+        tqdm.write(text)
+
+
 def run(main):
     """Call main(). A UserError is printed as one line on stderr and becomes the exit code."""
     for stream in (sys.stdout, sys.stderr):
@@ -42,10 +51,11 @@ def run(main):
     except UserError as error:
         print(error if error.exit_code > 128 else f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except RuntimeError as error:
+    except (RuntimeError, ImportError) as error:
+        compiler = type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))
         if "out of memory" in str(error) or "allocate memory" in str(error):  # CUDA; CPU
             remedy = "lower --micro_batch"
-        elif type(error).__module__.startswith("torch._inductor"):  # a kill can leave half a kernel
+        elif compiler or "too short" in str(error):  # a kill can leave half a kernel
             remedy = "set --compile=False, or remove TORCHINDUCTOR_CACHE_DIR, /tmp/torchinductor_* by default"
         else:
             raise
@@ -53,11 +63,12 @@ def run(main):
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
-        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:  # a full or failing disk, a file without permission: nothing is damaged
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
+        if isinstance(error, BrokenPipeError):  # the reader has closed the pipe, as `| head` does
+            sys.exit(128 + signal.SIGPIPE)
+        print(f"error: {error.filename or 'the output'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -95,7 +106,7 @@ def preset_options(path: Path, known) -> list[str]:
 def load(cls, argv: list[str] | None = None):
     """An instance of the dataclass `cls` from its defaults, a preset (a first argument *.toml) and options.
 
-    Raises UserError for a bad preset. tyro itself exits with 2 for an option that does not fit.
+    Raises UserError for a bad preset, nan or inf. tyro itself exits with 2 for an option that does not fit.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     hints = typing.get_type_hints(cls)
@@ -106,4 +117,8 @@ def load(cls, argv: list[str] | None = None):
         following = argv[i + 1] if i + 1 < len(argv) else "--"
         if is_switch and following.startswith("--"):  # --resume alone means --resume=True
             argv[i] += "=True"
-    return tyro.cli(cls, args=preset + argv, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    found = tyro.cli(cls, args=preset + argv, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    for key, value in vars(found).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key} is {value}, expected a finite number")
+    return found

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from model import GPT, GPTConfig, token_losses
+from plumbing import storage
 from plumbing.configurator import UserError
 
 SAFE = {"trust_remote_code": False}  # None: transformers asks, and "y" runs a stranger's code
@@ -36,6 +37,13 @@ def transformers_for(path: Path):
         reason = " ".join(str(error).split())[:200]
         expected = "expected what transformers (pip install it) can load"
         raise UserError(f"{path}: {reason}; {expected}") from None
+
+
+def read_config(transformers, path: Path):
+    """The configuration of a directory as transformers derives it. Its own code is not run."""
+    if "auto_map" in storage.read_json(path / "config.json"):
+        print(f"{path}: the code that comes with it (auto_map) is not run")
+    return transformers.AutoConfig.from_pretrained(path, **SAFE)
 
 
 @dataclass
@@ -103,14 +111,14 @@ class Decoder(torch.nn.Module):
 
         def hook(module, inputs, output):
             number = re.search(r"\.(\d+)\.", names.get(module, ""))  # "model.layers.3.self_attn"
-            if not number or not isinstance(output, tuple):
+            if not number or not isinstance(output, tuple | list):
                 return None
             layer = int(number[1])
             found = [torch.is_tensor(part) and part.shape[2:] == (T, T) for part in output]
             if any(found) and layer not in seen:  # some put one attention module inside another
                 seen.add(layer)
                 visit(layer, output[found.index(True)])
-            return tuple(None if drop else part for part, drop in zip(output, found, strict=True))
+            return type(output)(None if drop else part for part, drop in zip(output, found, strict=True))
 
         implementation = self.hf.config._attn_implementation
         self.hf.set_attn_implementation("eager")  # the fused kernels never hold the matrices
@@ -134,7 +142,7 @@ def load(path: Path, dtype: torch.dtype, options: dict, fresh: bool) -> Decoder:
     """
     dropout = options.get("dropout", 0.0)
     with transformers_for(path) as transformers:
-        config = transformers.AutoConfig.from_pretrained(path, **SAFE)
+        config = read_config(transformers, path)
         text = config.get_text_config()
         n_layer = options.get("n_layer") or text.num_hidden_layers
         for key, value in text.to_dict().items():
@@ -164,8 +172,7 @@ def derived_config(path: Path) -> dict:
     A family may say only "every sixth layer"; a list with an entry for each layer can be sliced.
     """
     with transformers_for(path) as transformers:
-        config = transformers.AutoConfig.from_pretrained(path, **SAFE)
-        return json.loads(config.to_json_string())
+        return json.loads(read_config(transformers, path).to_json_string())
 
 
 def check_opens(path: Path, name):

@@ -15,8 +15,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
+from plumbing import configurator
 from plumbing.configurator import UserError
 
 # ---- processes
@@ -40,10 +40,9 @@ def distribute(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
 
 def say(text: str):
-    """Print on rank 0, without breaking the progress bar. A full disk under a redirected log ends no run."""
+    """Print on rank 0."""
     if rank_and_world_size()[0] == 0:
-        with contextlib.suppress(OSError):
-            tqdm.write(text)
+        configurator.say(text)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from plumbing.configurator import UserError
+from plumbing.configurator import UserError, say
 
 MASK_BUFFER = re.compile(r"\.attn\.(masked_)?bias$")  # the causal mask, in old GPT-2 files
 TOKENIZER_FILES = (  # what travels with the weights
@@ -47,11 +47,15 @@ def fsync(path: Path):
 
 
 def write_text(path: Path, text: str):
-    """Write a file atomically."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    fsync(partial)
-    os.replace(partial, path)
+    """Write a file atomically. OSError names it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # another process has its own
+    try:
+        partial.write_text(text, encoding="utf-8")
+        fsync(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_json(path: Path, value):
@@ -64,7 +68,7 @@ def append_json(path: Path, value):
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(value) + "\n")
     except OSError as error:
-        print(f"warning: {path}: {error.strerror}; a line is lost")
+        say(f"warning: {path}: {error.strerror}; a line is lost")
 
 
 def read_log(path: Path) -> list[dict]:
@@ -173,12 +177,13 @@ def publish(path: str | Path):
 
 
 def verify(path: Path):
-    """Raise UserError unless every file of a published directory matches its manifest."""
+    """Raise UserError unless a published directory's files match its manifest, with no other weights."""
     listed = read_json(path / "manifest.json").get("files", {"manifest.json": None})
+    listed |= {file.name: None for file in path.glob("model*.safetensors*") if file.name not in listed}
     for name, entry in listed.items():
         file = path / name
         if not file.is_file() or [file.stat().st_size, sha256_of(file)] != entry:
-            raise UserError(f"{file}: sha256 mismatch, or no file; the checkpoint is damaged")
+            raise UserError(f"{file}: sha256 mismatch, no file or not listed; the checkpoint is damaged")
 
 
 def steps(run_dir: str | Path) -> list[Path]:
@@ -193,14 +198,8 @@ def latest(run_dir: str | Path) -> Path | None:
             verify(path)
             return path
         except UserError as error:
-            print(f"warning: ignored {path.name}: {error}")
+            say(f"warning: ignored {path.name}: {error}")
     return None
-
-
-def discard(path: Path):
-    """Delete a directory. It is renamed first: a kill leaves no half-deleted checkpoint."""
-    trash = path.rename(path.with_name(f".tmp-{path.name}"))
-    shutil.rmtree(trash, ignore_errors=True)
 
 
 def prune(run_dir: Path, keep: int, spare: Path):
@@ -208,9 +207,10 @@ def prune(run_dir: Path, keep: int, spare: Path):
     complete = [path for path in steps(run_dir) if (path / "manifest.json").is_file()]
     for path in [path for path in complete if path != spare][:-keep]:
         try:
-            discard(path)
+            trash = path.rename(path.with_name(f".tmp-{path.name}"))  # a kill leaves no half of one
+            shutil.rmtree(trash, ignore_errors=True)
         except OSError as error:
-            print(f"warning: {path} could not be deleted ({error.strerror}); trying again later")
+            say(f"warning: {path} could not be deleted ({error.strerror}); trying again later")
 
 
 @contextlib.contextmanager
@@ -257,4 +257,5 @@ def resolve(name: str | Path, needed: str = "config.json") -> Path:
             return Path(huggingface_hub.snapshot_download(str(name), **options))
         except Exception as error:  # its own errors, OSErrors and those of its HTTP library
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            reason += "; a gated or private model needs its terms accepted and HF_TOKEN set"
     raise UserError(f"{name} is no checkpoint, run directory or model on the hub ({reason})")

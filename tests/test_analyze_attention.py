@@ -176,16 +176,16 @@ def test_the_suggestion_drops_the_lazy_layers_at_the_end_and_never_unmeasured_on
 def test_lazy_layers_are_counted_strictly_and_by_floor(capsys):
     values = {
         layer: {m.name: np.full((2, 4), rank) for m in MEASURES}
-        for layer, rank in enumerate([2.0, 1.75, 1.0])
+        for layer, rank in enumerate([2.0, 1.5, 1.0])
     }
     about = {"model": "m", "n_layer": 3, "sequences": 4, "T": 8, "tau": [0.9], "compared": None}
     about |= {"measures": {m.key: m.label for m in MEASURES}, "suggested_by_rank": 1}
     summary = analyze_attention.summarize(values, MEASURES, [(0, 2), (2, 3)])
-    assert [g["avg_rank"] for g in summary["groups"]] == [1.875, 1.0]
+    assert [g["avg_rank"] for g in summary["groups"]] == [1.75, 1.0]
     analyze_attention.print_table(about | summary)
     printed = capsys.readouterr().out
     assert "2 by floor(MaxRank) = 1, 1 strictly (MaxRank = 1)" in printed and "33% of the model" in printed
-    assert "layers 0:2 1.88, layers 2:3 1.00" in printed and "layers before the lazy tail: 1" in printed
+    assert "layers 0:2 1.75, layers 2:3 1.00" in printed and "layers before the lazy tail: 1" in printed
 
 
 # ---- One list of measures

@@ -336,7 +336,10 @@ def test_a_baseline_is_added_in_five_lines(tmp_path, data_dir):
     "settings,words",
     [
         ({"n_embd": 33}, "33"),
-        ({"block_size": 24}, "is not divisible by micro_batch"),
+        ({"block_size": 24}, "block_size and vocab_size are not those of the reference"),
+        ({"vocab_size": 300}, "block_size and vocab_size are not those of the reference"),
+        ({"device": "warp"}, "device 'warp' is not available"),
+        ({"micro_batch": 7}, "is not divisible by micro_batch"),
         ({"warmup_steps": 99}, "warmup_steps is 99"),
         ({"n_embed": 64}, "n_embed"),
     ],

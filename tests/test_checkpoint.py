@@ -1,13 +1,16 @@
 """checkpoint.py and storage.py: other tools open it, damage is seen, nothing is taken silently."""
 
+import fnmatch
 import json
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
-from conftest import random_model
+from conftest import ROOT, random_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -170,6 +173,75 @@ def test_a_value_that_is_not_finite_is_not_saved(tmp_path):
         model.transformer.h[1].mlp.c_fc.weight[0, 0] = float("nan")
     with pytest.raises(UserError, match="c_fc.weight holds values that are not finite"):
         checkpoint.save(tmp_path / "bad", model, "bytes", 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_moment_that_is_not_finite_is_not_saved(tmp_path):
+    model = random_model(dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long)).backward()
+    optimizer.step()
+    optimizer.state[model.transformer.ln_f.weight]["exp_avg"][0] = float("nan")
+    with pytest.raises(UserError, match=r"ln_f.weight\|exp_avg holds values that are not finite"):
+        checkpoint.save(tmp_path / "bad", model, "bytes", 0, optimizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_the_manifest_does_not_list_are_not_read(tmp_path):
+    checkpoint.save(tmp_path / "a", random_model(), "bytes", 0)
+    (tmp_path / "a/model.safetensors.index.json").write_text('{"weight_map": {"x": "elsewhere"}}')
+    with pytest.raises(UserError, match="model.safetensors.index.json: .* not listed"):
+        checkpoint.load_model(tmp_path / "a")
+
+
+def test_a_gpt2_with_a_vocabulary_of_its_own_is_not_taken_for_openai_s(saved, data_dir):
+    path, _ = saved
+    config = json.loads((path / "config.json").read_text())
+    del config["tokenizer"]
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "vocab.json").write_text('{"der": 0, "die": 1}')
+    with pytest.raises(UserError, match=f"{path} reads tokens of '{path}', the data in .* those of 'gpt2'"):
+        checkpoint.check_tokenizer(path, {"tokenizer": "gpt2", "directory": str(data_dir)})
+
+
+def test_llama_cpp_finds_the_length_that_it_reads(saved):
+    assert json.loads((saved[0] / "config.json").read_text())["n_ctx"] == 16
+
+
+def test_the_hub_is_asked_for_what_is_needed_and_not_for_a_misspelt_path(monkeypatch):
+    asked = []
+
+    def download(name, **options):
+        asked.append((name, options))
+        raise OSError("gated")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(UserError, match=r"OSError: gated; a gated or private model .* HF_TOKEN"):
+        storage.resolve("nobody/nothing")
+    for misspelt in ("tests/modle", str(ROOT / "out/tow")):
+        with pytest.raises(UserError, match="is no checkpoint"):
+            storage.resolve(misspelt)
+    [(name, options)] = asked
+    wanted = ["config.json", "tokenizer.json", "model-00001-of-00002.safetensors", "chat_template.jinja", "own.py"]
+    found = [any(fnmatch.fnmatch(file, each) for each in options["allow_patterns"]) for file in wanted]
+    assert name == "nobody/nothing" and all(found)
+    others = ["consolidated.safetensors", "pytorch_model.bin", "my_hf_token.txt"]
+    assert not any(fnmatch.fnmatch(file, each) for file in others for each in options["allow_patterns"])
+
+
+def test_two_processes_that_write_the_same_file_do_not_meet(tmp_path):
+    code = f"from plumbing import storage; p = storage.Path({str(tmp_path / 'a')!r}); [storage.write_text(p, 'x') for _ in range(300)]"
+    both = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0] and [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def full_disk(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left on device: .*report.md"):
+        storage.write_text(tmp_path / "report.md", "x")
     assert list(tmp_path.iterdir()) == []
 
 

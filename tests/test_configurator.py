@@ -1,5 +1,7 @@
 """configurator.py: defaults < preset < options, each typed."""
 
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field, fields
@@ -9,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from plumbing import configurator
+from plumbing import configurator, processes
 from plumbing.configurator import UserError
 
 
@@ -115,17 +117,61 @@ def test_a_reader_that_leaves_early_ends_a_script_without_a_word():
     assert process.stderr.read() == b"" and process.wait() == 141
 
 
-def test_a_compiler_that_fails_is_one_line_with_what_to_do(capsys):
-    """A kill while a kernel is compiled leaves half of it in the cache, which then fails at every start."""
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_an_empty_kernel_in_the_compiler_s_cache_is_one_line_with_what_to_do(tmp_path):
+    """A kill while a kernel is compiled leaves an empty one in the cache, which then fails at every start."""
+    code = "import torch; from plumbing import configurator; configurator.run(lambda: torch.compile(torch.sin)(torch.zeros(99)))"
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = {"args": [sys.executable, "-c", code], "cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+    assert subprocess.run(**command).returncode == 0
+    for emptied in ("*.main.so", "*.so"):  # they fail in different ways
+        kernels = list(tmp_path.rglob(emptied))
+        for kernel in kernels:
+            kernel.write_bytes(b"")
+        again = subprocess.run(**command)
+        assert kernels and again.returncode == 1 and again.stderr.count("\n") == 1, again.stderr
+        assert "--compile=False, or remove TORCHINDUCTOR_CACHE_DIR" in again.stderr
 
-    def main():
-        raise torch._inductor.exc.CppCompileError(["g++", "kernel.cpp"], "file too short\nkernel.so")
 
+def test_out_of_memory_is_one_line_with_what_to_do(capsys):
     with pytest.raises(SystemExit) as stopped:
-        configurator.run(main)
+        configurator.run(lambda: torch.empty(10**15))
     error = capsys.readouterr().err
-    assert stopped.value.code == 1 and error.count("\n") == 1
-    assert "C++ compile error" in error and "--compile=False, or remove TORCHINDUCTOR_CACHE_DIR" in error
+    assert stopped.value.code == 1 and error.count("\n") == 1 and "; lower --micro_batch" in error
+
+
+def test_a_terminal_without_utf8_prints_a_question_mark():
+    code = "from plumbing import configurator; configurator.run(lambda: print('1 ± 2'))"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=environment) == b"1 ? 2\n"
+
+
+def test_printing_to_a_full_disk_ends_no_run(tmp_path):
+    """What say() cannot print is lost. The script works to its end."""
+    code = f"""
+from pathlib import Path
+from plumbing import configurator
+def main():
+    for _ in range(100):
+        configurator.say("x" * 999)
+    Path({str(tmp_path / "saved")!r}).touch()
+configurator.run(main)"""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (tmp_path / "saved").exists() and done.returncode in (0, 1)  # 120: Python's own flush failed
+    assert done.stderr in ("", "error: the output: No space left on device\n")
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+def test_a_number_that_is_not_finite_is_refused(tmp_path, value):
+    with pytest.raises(UserError, match=f"lr is {value}, expected a finite number"):
+        load(tmp_path, "", f"--lr={value}")
+
+
+def test_a_rank_without_a_world_size_is_no_torchrun(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert processes.rank_and_world_size() == (0, 1)
 
 
 def test_a_switch_that_may_be_unset_can_stand_alone_too():

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +13,7 @@ import data
 import prepare_data
 from plumbing.configurator import UserError
 from plumbing.tokenizers import tokenizer
+from train import TrainConfig
 
 
 def read(data_dir, split="train"):
@@ -79,6 +81,15 @@ def damage(tmp_path, data_dir, change) -> object:
     return copy
 
 
+def replace(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+EDITS = [('"<u2"', '"<f2"'), ('"<u2"', '"<i2"'), ('"max_id": ', '"max_id": -'), ('"eot": 256', '"eot": 10')]
+
+
 @pytest.mark.parametrize(
     "change,words",
     [
@@ -94,6 +105,7 @@ def damage(tmp_path, data_dir, change) -> object:
         (lambda d: (d / "meta.json").write_text("[]"), "expected a JSON object"),
         (lambda d: flip(d / "train.bin"), "train.bin: sha256 mismatch"),
         (lambda d: flip(d / "val.bin"), "val.bin: sha256 mismatch"),
+        *((lambda d, a=a, b=b: replace(d / "meta.json", a, b), "meta.json: sha256 mismatch") for a, b in EDITS),
     ],
 )
 def test_a_damaged_data_directory_is_refused(tmp_path, data_dir, change, words):
@@ -147,3 +159,11 @@ def test_targets_are_the_inputs_one_later():
 @pytest.mark.parametrize("n,T,expected", [(9, 8, [0]), (16, 8, [0]), (17, 8, [0, 8]), (24, 8, [0, 8])])
 def test_validation_walks_every_whole_window_in_order(n, T, expected):
     assert data.val_starts(n, T).tolist() == expected
+
+
+def test_every_micro_batch_process_and_step_has_dropout_masks_of_its_own(data_dir):
+    tokens, seeds = data.open_tokens(data_dir, "train", 32, 257), []
+    config = TrainConfig(**TINY | {"dropout": 0.5})
+    for place in ((0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2), (0, 0, 1)):  # step, rank, world_size
+        seeds += [torch.initial_seed() for _ in data.step_batches(tokens, config, *place)]
+    assert seeds[-2] == seeds[0] and len(set(seeds)) == len(seeds) - 1 == 5  # the first one was made again

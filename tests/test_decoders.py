@@ -142,7 +142,18 @@ def test_an_untrained_model_has_the_shape_but_not_the_weights(llama):
     assert trained[key].shape == fresh[key].shape and trained[key].dtype == torch.float32
 
 
-def test_code_that_comes_with_a_model_is_not_run(llama, tmp_path, monkeypatch):
+def test_the_first_gpt_whose_attention_returns_a_list_is_measured():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.OpenAIGPTConfig(n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=65)
+    hf, idx, seen = transformers.AutoModelForCausalLM.from_config(config).eval(), torch.arange(20)[None], []
+    decoders.Decoder(hf, {}, 32, 0.0).visit_attention(idx, lambda layer, A: seen.append(A))
+    hf.set_attn_implementation("eager")
+    expected = hf(idx, output_attentions=True).attentions
+    assert len(seen) == 2 and all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+
+
+def test_code_that_comes_with_a_model_is_not_run(llama, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(llama, tmp_path / "trap")
     (folder / "trap.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n")
     names = {"AutoConfig": "trap.C", "AutoModelForCausalLM": "trap.C", "AutoTokenizer": ["trap.C", "trap.C"]}
@@ -155,6 +166,7 @@ def test_code_that_comes_with_a_model_is_not_run(llama, tmp_path, monkeypatch):
         monkeypatch.setattr("builtins.input", lambda *_: "y")
         if model_type == "llama":
             checkpoint.load_model(folder)
+            assert "the code that comes with it (auto_map) is not run" in capsys.readouterr().out
         else:
             with pytest.raises(UserError, match="trust_remote_code|custom code"):
                 checkpoint.load_model(folder)

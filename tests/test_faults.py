@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ def test_files_reach_the_disk_before_the_manifest_and_the_manifest_before_the_na
     assert {name for kind, name in events[:manifest] if kind == "fsync"} >= files and len(files) == 2
     partial = ".tmp-step-00000001"
     expected = [("fsync", partial), ("rename", "step-00000001"), ("fsync", tmp_path.name)]
-    assert events[manifest + 1 :] == [("fsync", ".manifest.json.partial"), *expected]
+    assert events[manifest + 1 :] == [("fsync", f".manifest.json.{os.getpid()}.partial"), *expected]
 
 
 def test_only_our_own_leftovers_are_cleared_away(tmp_path):
@@ -281,7 +282,7 @@ def test_one_process_goes_on_where_two_stopped_and_back(data_dir, tmp_path):
     for last in (4, 8):
         for path in storage.steps(tmp_path / "run"):
             if int(path.name[5:]) > last:
-                storage.discard(path)
+                shutil.rmtree(path)
         if last == 4:  # 1 process to 4, 2 processes to 12
             done = run_script("train.py", *options(**settings), processes=2)
             assert done.returncode == 0, done.stderr
@@ -321,13 +322,14 @@ def test_ranks_stop_and_save_when_torchrun_itself_is_killed(data_dir, tmp_path):
     assert len(storage.steps(tmp_path / "run")) == 1
 
 
-def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("owner,name", [(storage, "sha256_of"), (Path, "read_text")])
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch, capsys, owner, name):
     checkpoint.save(tmp_path / "step-00000001", random_model(n_layer=1), "bytes", 0)
 
-    def failing(path):
+    def failing(path, **_):
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr(storage, "sha256_of", failing)
+    monkeypatch.setattr(owner, name, failing)
     monkeypatch.setattr(sys, "argv", ["x"])
     with pytest.raises(SystemExit) as stop:
         configurator.run(lambda: resume.to_resume(tmp_path, True))

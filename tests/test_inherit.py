@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
+    GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
     Qwen3Config,
@@ -376,13 +377,14 @@ def test_a_fresh_layer_of_another_family_is_what_transformers_draws(tmp_path):
 
 def test_lists_with_an_entry_for_each_layer_are_sliced_too():
     config = {"num_hidden_layers": 4, "layer_types": ["a", "b", "c", "d"], "eos": [1, 2], "name": "abcd"}
-    target = config | {"num_hidden_layers": 2, "layer_types": ["d", "b"]}
+    config["intermediate_size"] = [10, 20, 30, 40]
+    target = config | {"num_hidden_layers": 2, "layer_types": ["d", "b"], "intermediate_size": [40, 20]}
     assert inherit.sliced_config([inherit.Source(None, config, 4, 0)], [3, 1]) == target
     # of a second checkpoint on top, with a depth of its own: its layers count from 4
     top = config | {"num_hidden_layers": 2, "layer_types": ["x", "y"]}
     sources = [inherit.Source(None, config, 4, 0), inherit.Source(None, top, 2, 4)]
     joined = inherit.sliced_config(sources, [3, 5])
-    assert joined == config | {"num_hidden_layers": 2, "layer_types": ["d", "y"]}
+    assert joined["layer_types"] == ["d", "y"]
 
 
 def test_the_tokenizer_s_files_travel_with_the_weights(tmp_path):
@@ -423,6 +425,36 @@ def test_a_slice_that_would_be_another_model_is_not_written(tmp_path):
     with pytest.raises(UserError, match="its layers are of other kinds"):
         inherit.inherit(tmp_path / "source", "1:4", tmp_path / "out")
     assert not (tmp_path / "out").exists() and inherit.inherit(tmp_path / "source", "0:2", tmp_path / "out")
+
+
+def test_weights_of_eight_bits_are_sliced_as_they_are(tmp_path):
+    AutoModelForCausalLM.from_config(FAMILIES["llama"]).save_pretrained(tmp_path / "source")
+    file, key = tmp_path / "source/model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(file)
+    tensors[key] = tensors[key].to(torch.float8_e4m3fn)
+    save_file(tensors, file, metadata={"format": "pt"})
+    out = inherit.inherit(tmp_path / "source", "1:3", tmp_path / "out")
+    found = load_file(out / "model.safetensors")[key.replace(".1.", ".0.")]
+    assert found.dtype == torch.float8_e4m3fn and torch.equal(found.float(), tensors[key].float())
+
+
+def test_a_layer_that_predicts_several_tokens_is_left_out_with_a_line(tmp_path, capsys):
+    AutoModelForCausalLM.from_config(FAMILIES["llama"]).save_pretrained(tmp_path / "source")
+    file = tmp_path / "source/model.safetensors"
+    save_file(load_file(file) | {"model.layers.4.eh_proj.weight": torch.ones(2)}, file, metadata={"format": "pt"})
+    out = inherit.inherit(tmp_path / "source", "1:4", tmp_path / "out")
+    assert "left out model.layers.4.eh_proj.weight, in a layer beyond the 4" in capsys.readouterr().out
+    assert not [key for key in load_file(out / "model.safetensors") if "eh_proj" in key]
+
+
+def test_a_family_that_says_num_layers_is_sliced(tmp_path):
+    config = GPTNeoConfig(
+        num_layers=4, attention_types=[[["global", "local"], 2]], hidden_size=32, num_heads=2, vocab_size=65,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    out = inherit.inherit(tmp_path / "source", "1:4", tmp_path / "out")
+    assert AutoConfig.from_pretrained(out).num_layers == 3
 
 
 def test_what_travels_with_the_weights_and_what_does_not(tmp_path):

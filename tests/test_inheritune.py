@@ -341,8 +341,9 @@ def test_a_baseline_whose_source_has_a_different_width_is_refused(tmp_path, data
         "n_layer": 2,
         "max_steps": 2,
     }
-    with pytest.raises(UserError, match="n_embd"):
+    with pytest.raises(UserError, match="mine: its shape is not that of the layers that it takes"):
         inheritune.recipe(inheritune.RecipeConfig(**settings | {"tolerance": 9.0, "baselines": ["mine"]}))
+    assert not (tmp_path / "out").exists()  # before the first step
 
 
 def test_a_preset_names_the_baselines(tmp_path, data_dir, quick):

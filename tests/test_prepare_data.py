@@ -240,6 +240,28 @@ def test_a_text_file_is_cut_into_documents(tmp_path, cut, expected):
     assert prepare("files", tmp_path, *options) == 0 and texts_of(tmp_path / "out") == expected
 
 
+def test_a_parquet_column_of_bytes_is_read_as_utf8(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = ["eins", "zwei ü", "drei"]
+    pq.write_table(pa.table({"text": pa.array([text.encode() for text in texts], pa.binary())}), tmp_path / "a.parquet")
+    assert prepare("files", tmp_path / "a.parquet", "--val_fraction=0.3", f"--out={tmp_path / 'out'}") == 0
+    assert texts_of(tmp_path / "out") == sorted(texts)
+
+
+def test_a_cache_that_cannot_be_written_is_named_and_no_file_is_blamed(tmp_path, capsys, monkeypatch):
+    import datasets
+
+    def read_only(*_, **__):
+        raise OSError(30, "Read-only file system", "/cache/datasets")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", read_only)
+    write_files(tmp_path / "in")
+    error = last_line(capsys, prepare("files", tmp_path / "in/parquet", f"--out={tmp_path / 'out'}"), 1)
+    assert error == "error: /cache/datasets (set HF_HOME): Read-only file system\n"
+
+
 def test_files_of_one_name_or_an_edited_file_are_not_mixed_up_in_the_cache(tmp_path):
     for i, folder in enumerate(("a", "b", "a")):
         (tmp_path / folder).mkdir(exist_ok=True)

@@ -102,12 +102,24 @@ def test_what_was_made_from_a_model_that_was_trained_elsewhere_has_an_unknown_co
     assert report.spent(recipe["models"][1], recipe, copy) == ["?", "?"]
 
 
-def test_a_changed_loss_of_a_finished_checkpoint_is_seen(finished, tmp_path, capsys):
+@pytest.mark.parametrize("run", ["reference", "random-2", "stacking-2", "inherited-2"])
+def test_a_changed_loss_of_a_finished_checkpoint_is_seen(finished, tmp_path, capsys, run):
     copy = shutil.copytree(finished, tmp_path / "copy")
-    path = next(copy.glob("reference/step-*/val_losses.json"))
+    path = next(copy.glob(f"{run}/step-*/val_losses.json"))
     path.write_text(path.read_text().replace("1", "2", 1))
     assert call_script(report, copy) == 2
     assert "val_losses.json: sha256 mismatch" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_after_the_tables(finished, tmp_path, capsys, monkeypatch):
+    def full_disk(path, _):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(storage, "write_text", full_disk)
+    assert call_script(report, shutil.copytree(finished, tmp_path / "copy")) == 1
+    printed = capsys.readouterr()
+    assert "| model" in printed.out and "MaxRank, layer 0" in printed.out
+    assert printed.err.endswith("report.md: No space left on device\n") and printed.err.count("\n") == 1
 
 
 def test_torn_lines_of_a_log_are_skipped(finished, tmp_path):

@@ -1,5 +1,7 @@
 """sample.py: a prompt goes on, and no setting gives nonsense."""
 
+import io
+
 import pytest
 from conftest import call_script
 
@@ -20,6 +22,12 @@ def test_a_prompt_is_continued_and_the_seed_decides_how(reference, capsys):
 def test_the_edges_give_text(reference, capsys, options):
     assert call_script(sample, reference, "--max_new_tokens=5", *options) == 0
     assert capsys.readouterr().out
+
+
+def test_a_prompt_comes_from_standard_input_and_several_samples_are_written(reference, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("class Fish"))
+    assert call_script(sample, reference, "--prompt=-", "--samples=2", "--max_new_tokens=5") == 0
+    assert capsys.readouterr().out.count("class Fish") == 2
 
 
 @pytest.mark.parametrize("options", [["--temperature=-1"], ["--top_k=0"]])

@@ -133,6 +133,17 @@ def test_an_empty_kernel_in_the_compiler_s_cache_is_one_line_with_what_to_do(tmp
         assert "--compile=False, or remove TORCHINDUCTOR_CACHE_DIR" in again.stderr
 
 
+def test_an_import_that_fails_is_a_mistake_of_ours_unless_it_is_of_a_kernel(capsys):
+    def load(message):  # what torch lets through where a kernel was compiled by an earlier process
+        raise ImportError(message)
+
+    with pytest.raises(SystemExit) as stopped:
+        configurator.run(lambda: load("/cache/x.main.so: file too short"))
+    assert stopped.value.code == 1 and "remove TORCHINDUCTOR_CACHE_DIR" in capsys.readouterr().err
+    with pytest.raises(ImportError):
+        configurator.run(lambda: load("no module named x"))
+
+
 def test_out_of_memory_is_one_line_with_what_to_do(capsys):
     with pytest.raises(SystemExit) as stopped:
         configurator.run(lambda: torch.empty(10**15))

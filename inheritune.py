@@ -95,6 +95,8 @@ def train_config(config: RecipeConfig, model: Baseline, seed: int, out_dir: Path
         settings |= {"init_from": f"scratch:{config.reference}"}
     if model.width < 1:  # the source's, narrowed
         settings |= {"n_embd": None, "n_head": None}
+    if model.teacher:
+        settings["min_lr"] = config.lr / 10  # paper, appendix D
     settings |= model.settings | {"n_layer": model.n_layer or None, "resume": "auto"}
     return TrainConfig(**settings)
 

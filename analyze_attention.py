@@ -115,7 +115,7 @@ def summarize(values: dict[int, dict[str, np.ndarray]], measures: list[Measure],
             row[m.key], row[f"{m.key}_se"] = over_heads(by_name[m.name], m.over_heads)
         row["near_rank_one"] = float((by_name["rank"].mean(1) < 1.5).mean())  # 1.5 is ours
         row["strictly_lazy"] = row["max_rank"] < 1 + 1e-9  # MaxRank = 1, the paper's lazy layer
-        row["lazy"] = row["max_rank"] < 2  # floor(MaxRank) = 1, the paper's criterion for a group
+        row["lazy"] = row["max_rank"] < 2  # floor(MaxRank) = 1: ours, as the paper judges a group
         rows.append(row)
     ranks = {f"{a}:{b}": [row["max_rank"] for row in rows if a <= row["layer"] < b] for a, b in groups}
     averages = [{"layers": name, "avg_rank": float(np.mean(each))} for name, each in ranks.items() if each]
@@ -173,13 +173,13 @@ def measure(model: torch.nn.Module, idx: torch.Tensor, measures: list[Measure], 
     return {layer: {name: np.hstack(v) for name, v in found[layer].items()} for layer in sorted(found)}
 
 
-def track(model: torch.nn.Module, val_tokens: np.ndarray, sequences: int = 8) -> dict:
+def track(model: torch.nn.Module, val_tokens: np.ndarray, begin: list, sequences: int = 8) -> dict:
     """What train.py --track_rank logs: {label: [number of each layer]}, always on the same windows.
 
     Leaves the model's mode and the global random state unchanged.
     """
     T, training = min(AnalyzeConfig.seq_len, model.config.block_size), model.training
-    idx = random_windows(val_tokens, T, sequences, 0, []).to(next(model.parameters()).device)
+    idx = random_windows(val_tokens, T, sequences, 0, begin).to(next(model.parameters()).device)
     values = measure(model.eval(), idx, MEASURES, len(idx)).values()
     model.train(training)
     found = {m.label: [over_heads(by_name[m.name], m.over_heads)[0] for by_name in values] for m in MEASURES}
@@ -315,8 +315,9 @@ def print_table(result: dict):
         print(f"lazy layers: {lazy} by floor(MaxRank) = 1, {strictly} strictly (MaxRank = 1)")
         missing = model["n_layer"] - len(model["layers"])
         print(f"layers before the lazy tail: {model['suggested_by_rank']}; without attention: {missing}")
-        groups = [f"layers {each['layers']} {each['avg_rank']:.2f}" for each in model["groups"]]
-        print("AvgRank:", ", ".join(groups))
+        lazy = {True: " (lazy)", False: ""}  # floor(AvgRank) = 1: a lazy group (paper, section 2)
+        groups = [(each["layers"], each["avg_rank"]) for each in model["groups"]]
+        print("AvgRank:", ", ".join(f"layers {name} {rank:.2f}{lazy[rank < 2]}" for name, rank in groups))
         print(f"heads near rank one (mean rank below 1.5): {model['near_rank_one']:.0%} of the model")
         if "ablation" in model:
             print_costs(model, result["cheap_below"])

@@ -53,16 +53,17 @@ def baselines(n: int, k: int) -> dict[str, Plan]:
         "middle third": Plan(layers=everything[(n - third) // 2 :][:third]),
         "last third": Plan(layers=everything[n - third :]),
         "random, third": Plan(n_layer=third),
-        # ---- which layers (paper, figure 3: the lazy layers are the last half; figure 23)
-        "first half": Plan(layers=list(range(n // 2))),
-        "lazy layers": Plan(layers=list(range(n - n // 2, n))),
-        "random, half": Plan(n_layer=n // 2),
+        # ---- the lazy last half, 10 K of 100 K steps (paper, figure 3), and in place (figure 23)
+        "first half": Plan(layers=list(range(n // 2)), steps=0.1),
+        "lazy layers": Plan(layers=list(range(n - n // 2, n)), steps=0.1),
+        "random, half": Plan(n_layer=n // 2, steps=0.1),
+        "lazy layers in place": Plan(layers=[None] * in_place + list(range(in_place, n))),
+        # ---- which k layers (ours)
         "last layers": Plan(layers=last),
-        "first layers and the last": Plan(layers=[*first[:-1], n - 1]),  # ours
-        "layers at random": Plan(layers=sorted(random.Random(0).sample(everything, k))),  # ours
+        "first layers and the last": Plan(layers=[*first[:-1], n - 1]),
+        "layers at random": Plan(layers=sorted(random.Random(0).sample(everything, k))),
         "middle layers": Plan(layers=list(range((n - k) // 2, (n - k) // 2 + k))),
         "every other layer": Plan(layers=every_other),
-        "lazy layers in place": Plan(layers=[None] * in_place + list(range(in_place, n))),
         # ---- stacking (paper, appendix D): half the layers trained, then copied on top of themselves
         "half of the target": Plan(n_layer=len(half)),
         "stacking": Plan(layers=half + other_half, source="half of the target"),
@@ -73,12 +74,12 @@ def baselines(n: int, k: int) -> dict[str, Plan]:
         "attention and its norm": Plan(layers=first, parts="ln_1,attn"),
         "MLP and its norm": Plan(layers=first, parts="ln_2,mlp"),
         "attention and MLP, no norms": Plan(layers=first, parts="attn,mlp"),
-        # ---- distillation, half the steps (paper, appendix D): random, and from every other layer
+        # ---- distillation, half the steps (paper, appendix D): random, and every other layer; then ours
         "distilled, random": Plan(n_layer=k, teacher="reference", steps=0.5),
         "distilled, every other layer": Plan(layers=every_other, teacher="reference", steps=0.5),
         "distilled, inherited": Plan(layers=first, teacher="reference", steps=0.5),
         "inherited, distilled first": Plan(layers=first, source="distilled, inherited", steps=0.5),
-        # ---- grow while training (paper, section 1): half the steps with k - 2 layers, half with k
+        # ---- grow while training (paper, section 1), half the steps with k - 2 layers (ours)
         "first layers, half the steps": Plan(layers=kept, steps=0.5),
         "grown from the target": Plan(top="reference", top_layers=first[len(kept) :], **grow),
         "grown with the last layers": Plan(top="reference", top_layers=last[len(kept) :], **grow),
@@ -92,21 +93,21 @@ def baselines(n: int, k: int) -> dict[str, Plan]:
 
 CLAIMS = [  # of the paper, then ours: text, the model that should be better, the other one
     ("Inherited layers beat random ones", "target", "random"),
-    ("They beat random ones with twice the steps", "target", "random, twice the steps"),
+    ("They beat random ones with twice the steps (medium, large)", "target", "random, twice the steps"),
     ("Early layers transfer more than lazy ones", "first half", "lazy layers"),
-    ("Lazy layers transfer little: they are no better than random ones", "random, half", "lazy layers"),
+    ("Lazy layers transfer next to nothing: no difference is expected", "lazy layers", "random, half"),
     ("The middle third transfers more than the first", "middle third", "first third"),
     ("The middle third transfers more than the lazy last", "middle third", "last third"),
     ("Inheriting beats stacking", "target", "stacking"),
     ("Inheriting beats hybrid stacking", "target", "hybrid stacking"),
     ("Inheriting beats half width", "target", "half width"),
-    ("Inheriting beats distillation", "target", "distilled, random"),
-    ("Inheriting beats distilling every other layer", "target", "distilled, every other layer"),
+    ("Inheriting beats distillation (compared in appendix D)", "target", "distilled, random"),
+    ("Inheriting beats distilling every other layer (the same)", "target", "distilled, every other layer"),
     ("Both parts transfer more than attention", "attention and MLP, no norms", "attention and its norm"),
     ("Both parts transfer more than the MLP", "attention and MLP, no norms", "MLP and its norm"),
     ("The reference beats random ones, the condition of all others (ours)", "reference", "random"),
     ("Matching is more than training for longer (ours)", "target", "reference, trained on"),
-    ("The last third transfers more than random ones (ours)", "last third", "random, third"),
+    ("The last third transfers more than random ones (table 4)", "last third", "random, third"),
     ("The first layers transfer more than the middle ones (ours)", "target", "middle layers"),
     ("The first layers transfer more than every other (ours)", "target", "every other layer"),
     ("The first layers transfer more than a random choice (ours)", "target", "layers at random"),
@@ -120,21 +121,24 @@ CLAIMS = [  # of the paper, then ours: text, the model that should be better, th
     ("The next layers grow it better than the last", "grown from the target", "grown with the last layers"),
 ]
 
-# The paper's validation losses on OpenWebText, cut off after two digits (tables 2 to 5, figure 24), by preset
+# The paper's validation losses on OpenWebText by preset, cut off after two digits (tables 2 to 5, figure 24).
+# k: the layers of the target that its baselines belong to
 PAPER = {
     "small": {"first third": 3.22, "middle third": 3.19, "last third": 3.23, "random, third": 3.25},
     "medium": {
-        "reference": 2.81, "inherited, 12 layers": 2.87, "inherited, 14 layers": 2.84,
+        "k": 16, "reference": 2.81, "inherited, 12 layers": 2.87, "inherited, 14 layers": 2.84,
         "inherited, 16 layers": 2.81, "random": 2.86, "random, twice the steps": 2.83, "half width": 3.04,
         "stacking": 2.84, "hybrid stacking": 2.83, "attention and its norm": 2.84, "MLP and its norm": 2.85,
         "attention and MLP, no norms": 2.80,
     },
-    "medium-200k": {"reference": 2.87, "inherited, 18 layers": 2.86},
+    "medium-200k": {"k": 18, "reference": 2.87, "inherited, 18 layers": 2.86},
     "large": {
+        "k": 18,
         "reference": 2.85, "inherited, 18 layers": 2.80, "random": 2.97, "random, twice the steps": 2.84,
         "half width": 3.06, "stacking": 2.87, "hybrid stacking": 2.89,
     },
     "xl": {
+        "k": 24,
         "reference": 2.65, "inherited, 24 layers": 2.64, "random": 2.69, "random, twice the steps": 2.62,
         "half width": 2.77, "stacking": 2.65, "hybrid stacking": 2.64,
     },

@@ -50,7 +50,7 @@ class InheritConfig:
 
 def take_layers(names, layers: list[int | None]) -> dict[str, str | None]:
     """Target tensor -> source tensor, None for a fresh one. Layer i is the source's layers[i]."""
-    # Inheritune step 1 (inherit): embeddings, final norm, head; then the layers (algorithm 1)
+    # Inheritune step 1 (inherit): embeddings, head, the final norm (ours); then the layers (algorithm 1)
     target = {name: name for name in names if not LAYER.match(name)}
     for new, old in enumerate(layers):
         for name in names:

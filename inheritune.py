@@ -35,7 +35,8 @@ class RecipeConfig(TrainConfig):
     expand_from: Literal["reference", "target", "fresh"] = "reference"  # or add to the target
     tolerance: float = 0.0  # nats per token that the target's loss may be above the reference's
     seeds: list[int] = field(default_factory=list)  # train everything with each; empty: seed
-    sequences: int = 100  # of the attention analysis
+    sequences: int = 100  # N of the attention analysis
+    seq_len: int = 100  # T of the attention analysis
     baselines: list[str] = field(default_factory=list)  # names in baselines.py
     once: list[str] = field(default_factory=list)  # more of them, trained with the first seed alone
     paper: str = ""  # results of the paper for the report to print beside (baselines.py:PAPER)
@@ -98,6 +99,8 @@ def train_config(config: RecipeConfig, model: Plan, seed: int, out_dir: Path) ->
         settings |= {"init_from": f"scratch:{config.reference}"}
     if model.width < 1:  # the source's, narrowed
         settings |= {"n_embd": None, "n_head": None}
+    if model.teacher:
+        settings["min_lr"] = config.lr / 10  # paper, appendix D
     settings |= model.settings | {"n_layer": model.n_layer or None, "resume": "auto"}
     return TrainConfig(**settings)
 
@@ -189,7 +192,7 @@ def inherit_once(source: Path, layers: list, out: Path, how: dict, seed: int):
 def measure(config: RecipeConfig, reference: Path, target: Path | None = None) -> dict:
     """The attention analysis of the reference, and the target's beside it, once."""
     out = (target or reference).parent / "recipe_attention"  # apart from what a user measures
-    same = {key: getattr(config, key) for key in ("data_dir", "sequences", "device")}
+    same = {key: getattr(config, key) for key in ("data_dir", "sequences", "seq_len", "device")}
     settings = AnalyzeConfig(str(reference), str(target or ""), out=str(out), **same)
     return stored(settings) or analyze(settings)
 
@@ -209,7 +212,7 @@ def recipe(config: RecipeConfig):
         compared.append({"name": title, "role": role, "paths": relative, "sources": sources})
         return paths
 
-    # ---- the reference; auto: how many of its layers are not lazy (paper, section 2)
+    # ---- the reference; auto: how many of its layers are not lazy (ours: the paper starts with half)
     references = make_for(seeds, "reference", "reference", Plan(n_layer=n), "reference", "reference")
     k, previous_k = config.first_k, None
     if config.start_layers == "auto":

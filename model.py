@@ -24,7 +24,7 @@ PRODUCTS_UP_TO = 512  # T
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. Defaults: GPT-2 small as the paper trains it, without biases."""
+    """The shape of a model. Defaults: GPT-2 small without biases, as the authors' code has it."""
 
     n_layer: int = 12
     n_head: int = 12

@@ -192,8 +192,10 @@ def paper_table(rows: list[dict], key: str) -> str:
     """The losses here beside the paper's, for the models that both have. Raises UserError."""
     configurator.check_key(key, PAPER, "paper")
     cells = [["model", "val loss here", f"in the paper ({key})", "difference"]]
+    k = next(row["n_layer"] for row in rows if row["role"] == "target")
+    same_k = k == PAPER[key].get("k", k)  # else baselines have other sizes than the paper's
     for row in rows:
-        if theirs := PAPER[key].get(row["name"]):
+        if (theirs := PAPER[key].get(row["name"])) and (same_k or row["role"] != "baseline"):
             difference = row["loss"] - theirs
             cells.append([row["name"], f"{row['loss']:.4f}", f"{theirs:.2f}", f"{difference:+.4f}"])
     return table(cells)
@@ -211,6 +213,8 @@ def attention_table(reference: dict) -> str:
     for text, key in lazy.items():
         cells.append([text, *(str(sum(row[key] for row in rows)) for rows in columns)])
     cells.append(["heads near rank one", *(f"{r['near_rank_one']:.0%}" for r in results)])
+    thirds = [[f"{g['layers']} {g['avg_rank']:.2f}" for g in result["groups"]] for result in results]
+    cells.append(["AvgRank of the thirds", *map(", ".join, thirds)])
     return table(cells)
 
 

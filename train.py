@@ -46,7 +46,7 @@ class TrainConfig(ModelOptions):
     resume: Literal["auto", True, False] = may_change(False)  # from the latest checkpoint; auto: if any
     override: str = may_change("")  # comma-separated settings allowed to differ on resume
 
-    # optimization: part of the experiment. The defaults are the paper's (appendix F), but for its batches
+    # optimization: part of the experiment. The defaults are the paper's (appendix F), but for batch and rate
     tokens_per_step: int = 49_152  # over all processes: 48 sequences of 1,024
     max_steps: int = 100_000  # updates; 0: evaluate init_from and save it as a run of no steps
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices (ours)
@@ -72,7 +72,7 @@ class TrainConfig(ModelOptions):
     save_interval: int = may_change(1_000)  # steps between checkpoints
     keep_checkpoints: int = may_change(1)  # the newest ones; older ones are deleted
     log_interval: int = may_change(10)  # steps between lines in metrics.jsonl
-    track_rank: bool = may_change(False)  # log every layer's attention measures at each evaluation
+    track_rank: bool = may_change(False)  # log each layer's attention measures on 8 windows when evaluated
     device: str = may_change("auto")  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of products
     compile: Literal["auto", True, False] = may_change("auto")  # torch.compile
@@ -292,7 +292,7 @@ def loop(config: TrainConfig) -> Path:
             if config.track_rank and rank == 0:
                 import analyze_attention  # imported where it is used: training needs none of it
 
-                log(counts | analyze_attention.track(model, val_tokens))
+                log(counts | analyze_attention.track(model, val_tokens, meta.get("begin", [])))
             processes.say(f"  step {step} of {config.max_steps}: val loss {val_loss:.4f} ± {error:.4f}")
             evaluated_at, stop = step, stop or processes.stop_requested()
 

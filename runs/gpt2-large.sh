@@ -19,9 +19,12 @@
 #   half of the target             9   100000       1.59e+09  2.08e+19     14.6     46.4
 #   stacking                      18   100000       2.79e+09  3.66e+19     25.7     81.5
 #   hybrid stacking               18   100000       2.79e+09  3.66e+19     25.7     81.5
-#   all of it                                                3.29e+20    230.9    731.8
+#   first half                    18    10000       2.79e+09  3.66e+18      2.6      8.1
+#   lazy layers                   18    10000       2.79e+09  3.66e+18      2.6      8.1
+#   random, half                  18    10000       2.79e+09  3.66e+18      2.6      8.1
+#   all of it                                                3.40e+20    238.6    756.2
 #
-# That is 29 hours on 8 H100 or 91 on 8 A100. Each further round adds at least 26 H100 hours.
+# That is 30 hours on 8 H100 or 95 on 8 A100. Each further round adds at least 26 H100 hours.
 # On top: validation, which on OpenWebText's 4.4 million tokens every 1,000 steps adds 3%, the preparation of the
 # data, and lm_eval on one GPU.
 # Memory, estimated: 20 bytes a parameter (weights, gradients and their buckets, two moments) = 15 GB, and

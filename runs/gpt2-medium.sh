@@ -24,16 +24,17 @@
 #   attention and its norm             16   100000       1.72e+09  6.76e+19     47.4    150.4
 #   MLP and its norm                   16   100000       1.72e+09  6.76e+19     47.4    150.4
 #   attention and MLP, no norms        16   100000       1.72e+09  6.76e+19     47.4    150.4
-#   first half                         12   100000       1.37e+09  5.37e+19     37.7    119.6
-#   lazy layers                        12   100000       1.37e+09  5.37e+19     37.7    119.6
-#   random, half                       12   100000       1.37e+09  5.37e+19     37.7    119.6
+#   first half                         12    10000       1.37e+09  5.37e+18      3.8     12.0
+#   lazy layers                        12    10000       1.37e+09  5.37e+18      3.8     12.0
+#   random, half                       12    10000       1.37e+09  5.37e+18      3.8     12.0
+#   lazy layers in place               24   100000       2.42e+09  9.53e+19     66.9    212.1
 #   distilled, random                  16    50000       2.53e+09  4.97e+19     34.9    110.5
 #   distilled, inherited               16    50000       2.53e+09  4.97e+19     34.9    110.5
 #   distilled, every other layer       16    50000       2.53e+09  4.97e+19     34.9    110.5
 #   reference, trained on              24   100000       2.42e+09  9.53e+19     66.9    212.1
-#   all of it                                                     1.29e+21    907.8   2877.6
+#   all of it                                                     1.24e+21    873.0   2766.9
 #
-# That is 113 hours on 8 H100 or 360 on 8 A100. Each round past 16 layers adds about 47 H100 hours.
+# That is 109 hours on 8 H100 or 346 on 8 A100. Each round past 16 layers adds about 47 H100 hours.
 # On top: validation, which on OpenWebText's 4.4 million tokens every 1,000 steps adds 3%, the preparation of the
 # data, and lm_eval on one GPU.
 # Memory, estimated: 20 bytes a parameter (weights, gradients and their buckets, two moments) = 7 GB, and activations:

@@ -75,22 +75,35 @@ def test_every_result_of_the_paper_is_in_the_facts_and_in_the_documents():
     if not facts.is_file():
         pytest.skip("needs shared/PAPER.md, the facts that this project was made from")
     lines, docs = facts.read_text().splitlines(), (ROOT / "docs/reproduce.md").read_text()
-    starts = {
-        "small": "| table 4", "medium": "| table 5, medium", "large": "| large |", "xl": "| xl |",
-        "medium-200k": "| figure 24",
-    }  # fmt: skip
-    order = {"medium": 0, "large": 1, "xl": 2}
-    table_2 = next(line for line in lines if line.startswith("| table 2")).split("|")[2].split("·")
+
+    def numbers(start: str) -> list[float]:
+        row = next(line for line in lines if line.startswith(start))
+        return [float(number) for number in re.findall(r"\d+\.\d\d", row.replace("**", ""))]
+
+    parts = ("attention and its norm", "MLP and its norm", "attention and MLP, no norms")
+    copies, trained = ("half width", "stacking", "hybrid stacking"), ("random", "random, twice the steps")
+    rounds = {"medium": (12, 14, 16), "large": (18,), "xl": (24,)}
+    random, first, rank_0, middle, rank_1, last, rank_2 = (numbers("| table 4")[i] for i in (0, 2, 1, 4, 3, 6, 5))
+    expected = {"small": {"first third": first, "middle third": middle, "last third": last, "random, third": random}}
+    for i, (key, layers) in enumerate(rounds.items()):
+        names = ["reference", *trained, *(f"inherited, {n} layers" for n in layers)]
+        found = numbers("| table 5, medium" if key == "medium" else f"| {key} |")
+        expected[key] = {"k": layers[-1]} | dict(zip(names, found, strict=True))
+        expected[key] |= dict(zip(copies, numbers("| table 2")[4 * i : 4 * i + 3], strict=True))
+    *of_parts, everything = numbers("| table 3")
+    expected["medium"] |= dict(zip(parts, of_parts, strict=True))
+    expected["medium-200k"] = {"k": 18} | dict(zip(("reference", "inherited, 18 layers"), numbers("| figure 24"), strict=True))
+    assert expected == PAPER
     for key, results in PAPER.items():
-        row = next(line for line in lines if line.startswith(starts[key]))
-        for name, loss in results.items():
-            source = row
-            if name in ("half width", "stacking", "hybrid stacking"):
-                source = table_2[order[key]]
-            elif "norm" in name:
-                source = next(line for line in lines if line.startswith("| table 3"))
-            assert f"{loss:.2f}" in source, (key, name)
-            assert f"| {key} | {name} | {loss:.2f} |" in docs, (key, name)
+        for name in results.keys() - {"k"}:
+            assert f"| {key} | {name} | {results[name]:.2f} |" in docs, (key, name)
+
+    def there(start: str) -> list[float]:
+        rows = [line.split("|")[2] for line in docs.splitlines() if line.startswith(f"| {start}")]
+        return [float(number) for row in rows for number in re.findall(r"\d+\.\d\d", row)]
+
+    assert there("table 1") == numbers("| table 1") and there("table 7") == numbers("| table 7")
+    assert there("table 3") == [everything] and there("table 4") == [rank_0, rank_1, rank_2]
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -119,3 +119,40 @@ def test_the_correlations_with_rank_and_cost_are_those_of_the_table():
     for key in ("avg_rank", "cost"):
         rho, p = spearman([float(row[key]) for row in rows], [float(row["loss"]) for row in rows])
         assert f"{rho:+.2f} (p = {p:.2f})" in RESULTS
+
+
+# ---- long runs: sinks, and both optimizers
+
+PERFORMANCE = (ROOT / "docs/performance.md").read_text()
+LONG = re.findall(r"^\| (adamw|muon) \| (\S+) \| (\d,\d+) \| (\d\.\d{4}) \| (.*) \|$", PERFORMANCE, flags=re.MULTILINE)
+SINKS = re.findall(
+    r"^\| (\d+) layers, \d+ wide, (AdamW|Muon) (\S+), (\S+) M bytes \| (.*) \| (.*) \|$", RESULTS, flags=re.MULTILINE
+)
+
+
+def lines_of(name: str, key: str) -> list[dict]:
+    return [line for line in map(json.loads, (ROOT / f"results/{name}.jsonl").read_text().splitlines()) if key in line]
+
+
+@pytest.mark.parametrize("optimizer,rate,steps,loss,reached", LONG)
+def test_a_long_run_of_an_optimizer_is_its_curve(optimizer, rate, steps, loss, reached):
+    short = "" if steps == "4,900" else "-short"
+    curve = lines_of(f"muon/long-{optimizer}-{rate}{short}", "val_loss")
+    best = min(lines_of(f"muon/long-adamw-{each}", "val_loss")[-1]["val_loss"] for each in ("4e-3", "8e-3"))
+    assert f"AdamW's best final loss is {best:.4f}" in " ".join(PERFORMANCE.split())
+    assert (f"{curve[-1]['step']:,}", f"{curve[-1]['val_loss']:.4f}") == (steps, loss)
+    first = next((f"{line['step']:,}" for line in curve if line["val_loss"] <= best), "not reached")
+    assert reached == first
+
+
+@pytest.mark.parametrize("layers,optimizer,rate,millions,rank,share", SINKS)
+def test_a_row_about_sinks_is_its_log(layers, optimizer, rate, millions, rank, share):
+    name = "collapse/metrics" if layers == "12" else f"muon/long-{optimizer.lower()}-{rate}"
+    last = lines_of(name, "MaxRank")[-1]
+    lowest, largest = min(last["MaxRank"]), max(last["sink > 0.3"])
+    assert rank == f"{lowest:.1f} ({last['MaxRank'].index(lowest)})" and millions == f"{last['tokens'] / 1e6:.1f}"
+    assert share == f"{largest:.2f} ({last['sink > 0.3'].index(largest)})"
+
+
+def test_the_long_runs_have_their_rows():
+    assert len(LONG) == 5 and len(SINKS) == 5

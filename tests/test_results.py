@@ -113,6 +113,12 @@ def test_a_choice_of_eight_layers_has_the_loss_of_its_file(layers, loss, differe
     assert f"{val_losses(path).mean():.4f}" == loss and f"{mean:+.4f} ± {interval:.4f}" == difference
 
 
+def test_what_dropping_attention_alone_gives_is_the_paired_difference():
+    path, target = STUDY / "better/without-attention-8-11", STUDY / "better/target"
+    mean, interval = paired_difference([path], [target])
+    assert f"end at {val_losses(path).mean():.4f}:\n{mean:+.4f} ± {interval:.4f} to the first eight layers" in RESULTS
+
+
 def test_the_correlations_with_rank_and_cost_are_those_of_the_table():
     with open(STUDY / "which_layers.csv", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["k"] == "8"]

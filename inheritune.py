@@ -93,6 +93,8 @@ def train_config(config: RecipeConfig, model: Plan, seed: int, out_dir: Path) ->
     settings = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
     max_steps = max(1, round(model.steps * config.max_steps))
     settings |= {"seed": seed, "max_steps": max_steps, "out_dir": str(out_dir)}
+    if model.steps < 1:
+        settings["warmup_steps"] = min(config.warmup_steps, max_steps // 2)
     if model.stable:
         settings["warmup_steps"] = 0  # it continues at the rate that its source had
     if config.reference:  # fresh models have its shape

@@ -254,6 +254,8 @@ def loop(config: TrainConfig) -> Path:
         state = resume.resume(path, model, optimizer, scaler, fixed | made_from, config.override.split(","))
         start_step, evaluated_at = state["step"], state["evaluated_at"]
         processes.say(f"resuming from {path}: step {start_step} of {config.max_steps}")
+        if start_step == config.max_steps:
+            return path
 
     # ---- loop: `step` updates have been made
     parallel = processes.distribute(model, device)

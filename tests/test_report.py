@@ -135,6 +135,14 @@ def test_a_directory_that_is_no_recipe_is_one_line(tmp_path, capsys):
     assert "recipe.json: [Errno 2] No such file" in error and error.count("\n") == 1
 
 
+def test_baselines_are_put_beside_the_paper_s_only_for_a_target_of_its_size(finished, monkeypatch):
+    rows = report.rows_of(json.loads((finished / "recipe.json").read_text()), finished)
+    for k, names in ((2, {"reference", "random"}), (3, {"reference"})):
+        monkeypatch.setattr(report, "PAPER", {"mine": {"k": k, "reference": 2.0, "random": 3.0}})
+        lines = report.paper_table(rows, "mine").splitlines()[2:]
+        assert {line.split("|")[1].strip() for line in lines} == names
+
+
 def test_the_seeds_of_a_claim_are_counted(finished):
     recipe = json.loads((finished / "recipe.json").read_text())
     table = report.claims(report.rows_of(recipe, finished))

@@ -315,9 +315,9 @@ def print_table(result: dict):
         print(f"lazy layers: {lazy} by floor(MaxRank) = 1, {strictly} strictly (MaxRank = 1)")
         missing = model["n_layer"] - len(model["layers"])
         print(f"layers before the lazy tail: {model['suggested_by_rank']}; without attention: {missing}")
-        lazy = {True: " (lazy)", False: ""}  # floor(AvgRank) = 1: a lazy group (paper, section 2)
-        groups = [(each["layers"], each["avg_rank"]) for each in model["groups"]]
-        print("AvgRank:", ", ".join(f"layers {name} {rank:.2f}{lazy[rank < 2]}" for name, rank in groups))
+        ranks = {each["layers"]: each["avg_rank"] for each in model["groups"]}  # lazy: floor(AvgRank) = 1
+        groups = [f"layers {name} {rank:.2f}{' (lazy)' * (rank < 2)}" for name, rank in ranks.items()]
+        print("AvgRank:", ", ".join(groups))
         print(f"heads near rank one (mean rank below 1.5): {model['near_rank_one']:.0%} of the model")
         if "ablation" in model:
             print_costs(model, result["cheap_below"])

@@ -166,7 +166,7 @@ def lineage_of(reference, layers, **others) -> dict:
 
 def source_tensors(sources: list[Source], width: float) -> dict:
     """Name -> tensor: the layers of all sources, counted through, and the first one's others."""
-    found = {}
+    found, beyond = {}, set()
     for path, config, n_layer, offset in sources:
         rename = storage.gpt2_key if config["model_type"] == "gpt2" else str
         for stored_name, tensor in storage.read_tensors(path).items():
@@ -174,12 +174,14 @@ def source_tensors(sources: list[Source], width: float) -> dict:
             match = LAYER.match(name)
             if match and int(match[2]) < n_layer:
                 name = f"{match[1]}{offset + int(match[2])}.{match[3]}"
-            elif match:  # it predicts several tokens at once
-                print(f"{path}: left out {name}, in a layer beyond the {n_layer} of config.json")
+            elif match:
+                beyond.add(match[2])
                 continue
             elif offset or not name:
                 continue
             found[name] = narrow(name, tensor, width)
+    if beyond:  # such a layer predicts several tokens at once
+        print(f"left out layers beyond n_layer: {', '.join(sorted(beyond))}")
     return found
 
 

@@ -64,8 +64,10 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except OSError as error:  # a full or failing disk, a file without permission: nothing is damaged
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
+        try:
+            sys.stdout.flush()  # what was printed so far
+        except OSError:  # the output itself fails, and Python flushes again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # the reader has closed the pipe, as `| head` does
             sys.exit(128 + signal.SIGPIPE)
         print(f"error: {error.filename or 'the output'}: {error.strerror or error}", file=sys.stderr)

@@ -173,6 +173,19 @@ configurator.run(main)"""
     assert done.stderr in ("", "error: the output: No space left on device\n")
 
 
+def test_what_was_printed_before_a_full_disk_is_not_lost():
+    """A redirected output is buffered: the tables of a report must reach it although the report cannot be written."""
+    code = """
+from plumbing import configurator
+def main():
+    configurator.say("the table")
+    raise OSError(28, "No space left on device", "report.md")
+configurator.run(main)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "the table\n")
+    assert done.stderr == "error: report.md: No space left on device\n"
+
+
 @pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
 def test_a_number_that_is_not_finite_is_refused(tmp_path, value):
     with pytest.raises(UserError, match=f"lr is {value}, expected a finite number"):

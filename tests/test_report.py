@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -13,7 +14,7 @@ import report
 from plumbing import resume, storage
 from plumbing.configurator import UserError
 
-PRESET = '[inheritune]\nbaselines = ["random", "stacking"]\nsequences = 3\ntolerance = 9.0\n'
+PRESET = '[inheritune]\nbaselines = ["random", "stacking"]\nsequences = 3\nseq_len = 16\ntolerance = 9.0\n'
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,14 @@ def test_torn_lines_of_a_log_are_skipped(finished, tmp_path):
     with open(copy / "reference" / "metrics.jsonl", "ab") as file:
         file.write(b'\xff{"step": 9, "val\n[1]\n')
     assert call_script(report, copy) == 0
+
+
+def test_the_attention_of_a_report_is_of_the_recipe_s_sequences(finished):
+    text = (finished / "report.md").read_text()
+    assert "T = 16, τ = 0.9, 3 sequences" in text
+    result = storage.read_json(next(finished.glob("inherited-2/recipe_attention")) / "attention.json")
+    thirds = ", ".join(f"{group['layers']} {group['avg_rank']:.2f}" for group in result["groups"])
+    assert f"| AvgRank of the thirds | {thirds} |" in re.sub(r" +", " ", text)
 
 
 def test_a_directory_that_is_no_recipe_is_one_line(tmp_path, capsys):

@@ -222,6 +222,15 @@ def test_a_checkpoint_that_cannot_be_deleted_is_warned_about_and_tried_again(dat
     assert [path.name for path in storage.steps(tmp_path / "run")] == ["step-00000020"]
 
 
+def test_tracking_is_told_the_beginning_of_text_of_the_data(data_dir, tmp_path, monkeypatch):
+    copy, told = shutil.copytree(data_dir, tmp_path / "data"), []
+    meta = json.loads((copy / "meta.json").read_text()) | {"begin": [256]}
+    (copy / "meta.json").write_text(json.dumps(meta | {"sha256": train.data.hash_of(meta)}))
+    monkeypatch.setattr("analyze_attention.track", lambda model, tokens, begin: told.append(begin) or {})
+    run(copy, tmp_path / "run", max_steps=0, track_rank=True)
+    assert told == [[256]]
+
+
 def test_data_deleted_while_training_costs_no_step(data_dir, tmp_path, monkeypatch):
     """The system keeps a deleted file that is memory-mapped."""
     copy, rate = shutil.copytree(data_dir, tmp_path / "data"), train.learning_rate

@@ -174,11 +174,11 @@ configurator.run(main)"""
 
 
 def test_what_was_printed_before_a_full_disk_is_not_lost():
-    """A redirected output is buffered: the tables of a report must reach it although the report cannot be written."""
+    """A redirected output is buffered: the table of an analysis must reach it although its files cannot be written."""
     code = """
 from plumbing import configurator
 def main():
-    configurator.say("the table")
+    print("the table")
     raise OSError(28, "No space left on device", "report.md")
 configurator.run(main)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -157,7 +157,8 @@ def test_a_terminal_without_utf8_prints_a_question_mark():
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=environment) == b"1 ? 2\n"
 
 
-def test_printing_to_a_full_disk_ends_no_run(tmp_path):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_printing_to_a_full_disk_ends_no_run(tmp_path, unbuffered):
     """What say() cannot print is lost. The script works to its end."""
     code = f"""
 from pathlib import Path
@@ -168,7 +169,8 @@ def main():
     Path({str(tmp_path / "saved")!r}).touch()
 configurator.run(main)"""
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+        how = {"env": os.environ | {"PYTHONUNBUFFERED": unbuffered}, "stderr": subprocess.PIPE, "text": True}
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, **how)
     assert (tmp_path / "saved").exists() and done.returncode in (0, 1)  # 120: Python's own flush failed
     assert done.stderr in ("", "error: the output: No space left on device\n")
 
@@ -181,7 +183,8 @@ def main():
     print("the table")
     raise OSError(28, "No space left on device", "report.md")
 configurator.run(main)"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "the table\n")
     assert done.stderr == "error: report.md: No space left on device\n"
 

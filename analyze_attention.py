@@ -9,6 +9,8 @@ control is an untrained model of the same shape. H heads, S sequences, B of them
 tensor called values_HS has the shape (H, S).
 """
 
+from plumbing import configurator  # isort: skip  # first: Ctrl-C while torch loads prints no traceback
+
 import csv
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ import tyro
 from tqdm import tqdm
 
 import data
-from plumbing import checkpoint, configurator, storage
+from plumbing import checkpoint, storage
 from plumbing.configurator import UserError
 from plumbing.fast_rank import fast_rank
 from plumbing.machine import pick_device

@@ -9,6 +9,8 @@ peers. Tokens are random, since no speed depends on them. Contenders take turns 
 so a machine that slows down slows them all. What is printed are medians over turns.
 """
 
+from plumbing import configurator  # isort: skip  # first: Ctrl-C while torch loads prints no traceback
+
 import contextlib
 import functools
 import importlib.util
@@ -25,7 +27,7 @@ import torch
 
 import data
 from model import GPT, GPTConfig
-from plumbing import checkpoint, configurator, machine, processes
+from plumbing import checkpoint, machine, processes
 from plumbing.configurator import UserError
 from train import TrainConfig, learning_rate, make_optimizer, train_step, training_loss
 

@@ -14,6 +14,8 @@ and --width need a GPT-2. What is made of another family is opened in transforme
 published. lineage.json says where each tensor came from.
 """
 
+from plumbing import configurator  # isort: skip  # first: Ctrl-C while torch loads prints no traceback
+
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import save_torch_state_dict
 
-from plumbing import configurator, storage
+from plumbing import storage
 from plumbing.configurator import UserError
 
 # "transformer.h." "3" "ln_1.weight"

@@ -8,6 +8,8 @@ Rerun the same command to resume: complete stages are skipped. All models of one
 tokens in the same order, and all are evaluated on the same validation windows.
 """
 
+from plumbing import configurator  # isort: skip  # first: Ctrl-C while torch loads prints no traceback
+
 import functools
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from analyze_attention import AnalyzeConfig, analyze, stored, suggested_layers
 from baselines import PAPER, Plan, baselines
 from inherit import inherit, lineage_of
 from model import GPTConfig
-from plumbing import checkpoint, configurator, machine, processes, storage
+from plumbing import checkpoint, machine, processes, storage
 from plumbing.configurator import UserError
 from plumbing.processes import on_rank_0
 from report import paired_difference, report, verdict

@@ -73,13 +73,15 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.scale = (config.n_embd // config.n_head) ** -0.5
-        if config.scale_attn_by_inverse_layer_idx:
-            self.scale /= layer_idx + 1
+        self.divisor = None
+        if config.scale_attn_by_inverse_layer_idx:  # a tensor: the layers share one compiled graph
+            self.divisor = torch.tensor(layer_idx + 1.0, device="cpu")
 
     def heads(self, x):
         """(B, T, C) -> queries, keys, values, each (B, nh, T, hs)."""
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, nh, hs)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return (q if self.divisor is None else q / self.divisor), k, v
 
     def forward(self, x):
         q, k, v = self.heads(x)
@@ -181,9 +183,19 @@ class GPT(nn.Module):
         x = self.embed(idx)
         for block in self.transformer.h:
             x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing else block(x)
+        return self.head(x, targets, reduction)
+
+    def head(self, x, targets, reduction):
+        """From what the last block returns (B, T, C) to what forward returns."""
         x = self.transformer.ln_f(x)
         logits = F.linear(x, self.transformer.wte.weight)  # (B, T, V)
         return logits if targets is None else token_losses(logits, targets, reduction)
+
+    def compile_blocks(self, **options):
+        """torch.compile one block, for all layers, and the head: 24 layers take as long as 6."""
+        for block in self.transformer.h:
+            block.compile(**options)
+        self.head = torch.compile(self.head, **options)
 
     @torch.no_grad()
     def attention_matrices(self, idx):
@@ -191,7 +203,7 @@ class GPT(nn.Module):
         x = self.embed(idx)
         for block in self.transformer.h:
             yield block.attn.matrix(block.ln_1(x))
-            x = block(x)
+            x = block.forward(x)  # as it is written: compiling it for this shape would not pay
 
     def param_groups(self, weight_decay: float) -> list[dict]:
         """AdamW's groups: matrices and embeddings decay, biases and layer norms do not."""

@@ -12,6 +12,8 @@ from the beginning, but what `datasets` has downloaded stays in its cache (HF_HO
 grow with the corpus.
 """
 
+from plumbing import configurator  # isort: skip  # first: Ctrl-C while torch loads prints no traceback
+
 import errno
 import functools
 import glob
@@ -34,7 +36,7 @@ import tyro
 from tqdm import tqdm
 
 import data
-from plumbing import configurator, storage, tokenizers
+from plumbing import storage, tokenizers
 from plumbing.configurator import UserError
 
 # (repository, revision), tried in this order. Skylion007's main was a loading script for years,

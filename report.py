@@ -8,6 +8,8 @@ It reads recipe.json (written by inheritune.py), each run's metrics.jsonl and la
 the results of analyze_attention.py. Every checkpoint is verified before it is read.
 """
 
+from plumbing import configurator  # isort: skip  # first: Ctrl-C while torch loads prints no traceback
+
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch.utils.benchmark import Timer
 
 import data
 from baselines import CLAIMS, PAPER
-from plumbing import checkpoint, configurator, figures, resume, storage
+from plumbing import checkpoint, figures, resume, storage
 from plumbing.configurator import UserError
 
 NOTES = """

@@ -4,13 +4,15 @@
     python sample.py gpt2 --prompt="In 2026," --max_new_tokens=50 --top_k=40 --samples=3
 """
 
+from plumbing import configurator  # isort: skip  # first: Ctrl-C while torch loads prints no traceback
+
 import sys
 from dataclasses import dataclass
 
 import torch
 import tyro
 
-from plumbing import checkpoint, configurator, machine, storage, tokenizers
+from plumbing import checkpoint, machine, storage, tokenizers
 from plumbing.configurator import UserError
 
 

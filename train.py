@@ -8,6 +8,8 @@
 It writes checkpoints (out_dir/step-*/) and out_dir/metrics.jsonl. A step is one update.
 """
 
+from plumbing import configurator  # isort: skip  # first: Ctrl-C while torch loads prints no traceback
+
 import contextlib
 import functools
 import itertools
@@ -26,7 +28,7 @@ from tqdm import tqdm
 
 import data
 from model import GPT, GPTConfig
-from plumbing import checkpoint, configurator, machine, processes, resume, storage
+from plumbing import checkpoint, machine, processes, resume, storage
 from plumbing.configurator import UserError, may_change
 
 # ---- settings
@@ -75,7 +77,7 @@ class TrainConfig(ModelOptions):
     track_rank: bool = may_change(False)  # log each layer's attention measures on 8 windows when evaluated
     device: str = may_change("auto")  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of products
-    compile: Literal["auto", True, False] = may_change("auto")  # torch.compile
+    compile: Literal["auto", "blocks", True, False] = may_change("auto")  # blocks: sooner, slower steps
     gradient_checkpointing: bool = may_change(False)  # less memory, a third slower
     deterministic: bool = may_change(False)  # GPU: the same bits again, slower; a CPU: always
 
@@ -202,8 +204,7 @@ def save(config: TrainConfig, meta: dict, model, optimizer, scaler, state: dict,
         files["val_losses.json"] = windows | {"losses": losses.tolist()}
     tokenizer = meta["tokenizer"], meta["eot"]
     processes.on_rank_0(checkpoint.save, path, model, *tokenizer, optimizer, files, config.data_dir)
-    spare = path.with_name(f"step-{stable_steps(config):08d}")  # the last one before a "wsd" decay
-    processes.on_rank_0(storage.prune, path.parent, config.keep_checkpoints, spare)
+    processes.on_rank_0(storage.prune, path.parent, config.keep_checkpoints, stable_steps(config))
     return path
 
 
@@ -255,6 +256,8 @@ def loop(config: TrainConfig) -> Path:
         start_step, evaluated_at = state["step"], state["evaluated_at"]
         processes.say(f"resuming from {path}: step {start_step} of {config.max_steps}")
         if start_step == config.max_steps:
+            # a kill may have cut this short after the last save
+            processes.on_rank_0(storage.prune, out_dir, config.keep_checkpoints, stable_steps(config))
             return path
 
     # ---- loop: `step` updates have been made

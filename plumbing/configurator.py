@@ -61,8 +61,6 @@ def run(main):
             raise
         print(f"error: {' '.join(str(error).split())[:200]}; {remedy}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
     except OSError as error:  # a full or failing disk, a file without permission: nothing is damaged
         try:
             sys.stdout.flush()  # what was printed so far

@@ -99,6 +99,7 @@ class Decoder(torch.nn.Module):
 
     gradient_checkpointing = property(None, set_gradient_checkpointing)
     param_groups, generate = GPT.param_groups, GPT.generate
+    compile_blocks = torch.nn.Module.compile  # of the whole model: a family's layers may differ
 
     @torch.no_grad()
     def visit_attention(self, idx: torch.Tensor, visit):

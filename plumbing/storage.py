@@ -202,10 +202,10 @@ def latest(run_dir: str | Path) -> Path | None:
     return None
 
 
-def prune(run_dir: Path, keep: int, spare: Path):
-    """Keep the newest `keep` complete checkpoints of a run and `spare`. Delete the others."""
+def prune(run_dir: Path, keep: int, stable: int):
+    """Keep a run's newest `keep` complete checkpoints and that of step `stable`. Delete the others."""
     complete = [path for path in steps(run_dir) if (path / "manifest.json").is_file()]
-    for path in [path for path in complete if path != spare][:-keep]:
+    for path in [path for path in complete if path.name != f"step-{stable:08d}"][:-keep]:
         try:
             trash = path.rename(path.with_name(f".tmp-{path.name}"))  # a kill leaves no half of one
             shutil.rmtree(trash, ignore_errors=True)

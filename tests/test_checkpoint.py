@@ -296,7 +296,7 @@ def test_pruning_keeps_the_newest_whole_ones_and_touches_nothing_else(tmp_path_f
             storage.write_json(run_dir / name / "manifest.json", {"format": 1, "files": {"a": [3, "0" * 64]}})
         whole += [name] * (state == "whole")
     before = {path.name for path in run_dir.iterdir()}
-    storage.prune(run_dir, keep, run_dir / 'none')
+    storage.prune(run_dir, keep, 99)
     assert {path.name for path in run_dir.iterdir()} == before - set(whole[:-keep])
 
 

@@ -7,8 +7,10 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, call_script, options, random_model, read_metrics, run_script
 from safetensors.torch import load_file, save_file
+from test_structure import VERBS
 from test_train import distance, equal, losses, run
 
 import data
@@ -182,6 +185,16 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_to_the_same_bits(data_dir,
     assert int(resumed.name[5:]) == step + 5
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux's /proc shows that a library is being loaded")
+@pytest.mark.parametrize("script", sorted(VERBS - {"minimal"}))
+def test_ctrl_c_while_libraries_are_loaded_prints_no_traceback(script):
+    process = subprocess.Popen([sys.executable, ROOT / f"{script}.py", "--help"], stderr=subprocess.PIPE, text=True)
+    library = "numpy" if script == "prepare_data" else "libtorch"  # which prepare_data.py does without
+    wait_for(lambda: library in Path(f"/proc/{process.pid}/maps").read_text())
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 130
+
+
 def test_the_last_evaluation_is_finished_before_a_stop(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "stop_requested", lambda: signal.SIGTERM if calls and calls[-1] == 20 else 0)
     rate, calls = train.learning_rate, []
@@ -291,7 +304,39 @@ def test_one_process_goes_on_where_two_stopped_and_back(data_dir, tmp_path):
             assert distance(run(data_dir, tmp_path / "run", resume=True, **changes), straight) < 1e-12
 
 
-# ---- tokenizers, pickles
+# ---- tokenizers, pickles, the hub
+
+
+@contextlib.contextmanager
+def proxy_that_answers(answer: bytes):
+    """The port of a server that gives this answer to whatever it is asked."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            with contextlib.suppress(OSError):  # closed at the end
+                while True:
+                    with server.accept()[0] as connection:
+                        connection.recv(4096)
+                        connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"HTTP/1.1 404 Not Found\r\n\r\n", b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", b"garbage\r\n\r\n", b""],
+    ids=["404", "407", "garbage", "closes"],
+)
+@pytest.mark.parametrize("what", ["model", "corpus"])
+def test_a_proxy_without_a_way_to_the_hub_is_one_line(answer, what, tmp_path):
+    code = "from plumbing import configurator, storage; configurator.run(lambda: storage.resolve('nobody/nothing'))"
+    command = {"model": ["-c", code], "corpus": ["prepare_data.py", "fineweb-edu", "--tokenizer=bytes", f"--out={tmp_path}/out"]}
+    with proxy_that_answers(answer) as port:
+        environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        environment |= {"HTTPS_PROXY": f"http://127.0.0.1:{port}", "NO_PROXY": ""}
+        done = subprocess.run([sys.executable, *command[what]], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_tokenizer_that_cannot_be_reached_names_the_remedy(data_dir, tmp_path):

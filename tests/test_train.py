@@ -20,7 +20,7 @@ from conftest import ROOT, TINY, call_script, options, read_metrics, run_script
 from safetensors.torch import load_file
 
 import train
-from plumbing import checkpoint, resume, storage
+from plumbing import checkpoint, machine, resume, storage
 from plumbing.configurator import UserError
 
 
@@ -300,6 +300,13 @@ def test_a_finished_run_says_so_and_does_nothing(straight, data_dir, capsys):
     assert (straight[0] / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+def test_a_finished_run_deletes_what_a_kill_before_the_last_clean_up_has_left(straight, data_dir, tmp_path):
+    copy = shutil.copytree(straight[0], tmp_path / "run")
+    assert len(storage.steps(copy)) == 2
+    assert run(data_dir, copy, dropout=0.1, resume=True, keep_checkpoints=1) == copy / "step-00000020"
+    assert [path.name for path in storage.steps(copy)] == ["step-00000020"]
+
+
 def test_a_damaged_newest_checkpoint_is_made_again(straight, data_dir, tmp_path, capsys):
     copy = stop_at_10(straight, tmp_path)
     (copy / "step-00000020").mkdir()
@@ -378,6 +385,20 @@ def test_a_compiled_run_equals_an_eager_one_and_its_names_are_clean(data_dir, tm
     eager, compiled = (run(data_dir, tmp_path / str(c), max_steps=3, compile=c) for c in (False, True))
     assert distance(eager, compiled) < 1e-4
     assert not any("_orig_mod" in key for key in tensors(compiled))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}])
+def test_one_compiled_block_serves_all_layers(data_dir, tmp_path, monkeypatch, changes):
+    """Also where layer i divides its logits by i + 1, and with blocks that are computed again."""
+    counts = torch._dynamo.utils.counters["stats"]
+    counts.clear()
+    changes = {"n_layer": 4, "scale_attn_by_inverse_layer_idx": True, "max_steps": 2} | changes
+    monkeypatch.setattr(machine, "COMPILE_PAYS_FROM", 0)
+    eager, compiled = (run(data_dir, tmp_path / str(c), compile=c, **changes) for c in (False, "auto"))
+    assert distance(eager, compiled) < 1e-4
+    assert not any("_orig_mod" in key for key in tensors(compiled))
+    assert 3 <= counts["unique_graphs"] <= 8  # block and head: to train, to evaluate, a last smaller batch; the probe
 
 
 # ---- mistakes

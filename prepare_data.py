@@ -12,7 +12,7 @@ from the beginning, but what `datasets` has downloaded stays in its cache (HF_HO
 grow with the corpus.
 """
 
-from plumbing import configurator  # isort: skip  # first: Ctrl-C while torch loads prints no traceback
+from plumbing import configurator  # isort: skip  # before torch: a quiet Ctrl-C
 
 import errno
 import functools

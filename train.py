@@ -8,7 +8,7 @@
 It writes checkpoints (out_dir/step-*/) and out_dir/metrics.jsonl. A step is one update.
 """
 
-from plumbing import configurator  # isort: skip  # first: Ctrl-C while torch loads prints no traceback
+from plumbing import configurator  # isort: skip  # before torch: a quiet Ctrl-C
 
 import contextlib
 import functools

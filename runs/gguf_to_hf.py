@@ -1,6 +1,6 @@
 """Convert a GGUF file of a language model to a Hugging Face directory with float32 weights.
 
-    pip install transformers==5.23.0 gguf==0.19.0
+    pip install transformers==5.23.0 gguf==0.19.0 accelerate==1.15.0
     python runs/gguf_to_hf.py SmolLM2-135M-Instruct.Q4_1.gguf out/real/smollm2
 
 A 4-bit file stays a 4-bit model: its rounded weights are only stored with more digits.

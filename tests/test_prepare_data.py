@@ -3,6 +3,7 @@
 python -m pytest tests/test_prepare_data.py -q
 """
 
+import contextlib
 import gzip
 import json
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -457,6 +459,20 @@ def test_fineweb_edu_is_read_by_config_name(tmp_path, repository, documents):
         meta = data.verify(out)
         assert meta["config_name"] == f"sample-{'10BT' if share == 30 else '100BT'}" and meta["revision"]
         assert meta["splits"]["val"]["documents"] == 1  # nanoGPT's 0.0005
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux's /proc lists a process's children")
+def test_no_other_process_works_for_a_preparation(tmp_path, repository):
+    """A pool of processes, one of which is killed by the system, waits for ever. Threads alone encode and read."""
+    command = ["prepare_data.py", "fineweb-edu", f"--repository={repository}", "--tokenizer=bytes", "--workers=2"]
+    command = [sys.executable, *command, f"--out={tmp_path / 'out'}"]
+    children = set()
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            for task in Path(f"/proc/{process.pid}/task").glob("*/children"):
+                with contextlib.suppress(OSError):  # a thread that has ended
+                    children |= set(task.read_text().split())
+    assert process.returncode == 0 and children == set()
 
 
 def test_a_directory_of_the_same_name_with_other_documents_is_a_different_corpus(

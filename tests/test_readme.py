@@ -12,7 +12,7 @@ from conftest import ROOT, TINY, options, run_script
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^python ([^#\n]+?)\s*(?:#.*)?$", README, flags=re.MULTILINE)
 SMALL = {"prepare_data.py": [], "analyze_attention.py": ["--sequences=2"], "sample.py": ["--max_new_tokens=5"]}
-SMALL["train.py"] = SMALL["inheritune.py"] = options(**TINY | {"n_layer": 8, "max_steps": 2})
+SMALL["train.py"] = SMALL["inheritune.py"] = options(**TINY | {"n_layer": 6, "max_steps": 2})
 
 
 def small(command: str) -> list[str]:

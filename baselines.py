@@ -38,6 +38,7 @@ def baselines(n: int, k: int) -> dict[str, Plan]:
     half, other_half = list(range((k + 1) // 2)), list(range(k // 2))
     every_other = list(range(0, n, 2))[:k]
     every_other += range(max(0, n - 2 - k + len(every_other)), n - 2)  # DistilBERT's; 16 of 24: ::2,18:22
+    spread = [round(i * (n - 1) / max(1, k - 1)) for i in range(k)]  # from the first to the last
     third = max(1, n // 3)
     in_place = 5 * n // 8  # of 24 layers the last 9 stay in place
     kept = first[: max(1, k - 2)]
@@ -64,6 +65,7 @@ def baselines(n: int, k: int) -> dict[str, Plan]:
         "layers at random": Plan(layers=sorted(random.Random(0).sample(everything, k))),
         "middle layers": Plan(layers=list(range((n - k) // 2, (n - k) // 2 + k))),
         "every other layer": Plan(layers=every_other),
+        "spread layers": Plan(layers=spread),
         # ---- stacking (paper, appendix D): half the layers trained, then copied on top of themselves
         "half of the target": Plan(n_layer=len(half)),
         "stacking": Plan(layers=half + other_half, source="half of the target"),
@@ -110,6 +112,7 @@ CLAIMS = [  # of the paper, then ours: text, the model that should be better, th
     ("The last third transfers more than random ones (table 4)", "last third", "random, third"),
     ("The first layers transfer more than the middle ones (ours)", "target", "middle layers"),
     ("The first layers transfer more than every other (ours)", "target", "every other layer"),
+    ("The first layers transfer more than spread ones (ours)", "target", "spread layers"),
     ("The first layers transfer more than a random choice (ours)", "target", "layers at random"),
     ("The first layers transfer more than the last (ours)", "target", "last layers"),
     ("Keeping the last layer adds to inheriting (ours)", "first layers and the last", "target"),

@@ -4,8 +4,8 @@
 #   sh tests/real_model.sh out/real     # half an hour on two CPU cores; not part of the tests
 #
 # It converts the package's GGUF file to a Hugging Face directory, compares our loss with transformers' own, measures the
-# attention, and inherits, trains and compares 15 layers: the first, the last, the first 14 and the last one, every other,
-# a random choice, and fresh ones.
+# attention, and inherits, trains and compares 15 layers: the first, the last, the first 14 and the last one, spread ones,
+# every other, a random choice, and fresh ones.
 set -eu
 cd "$(dirname "$0")/.."
 out=${1:-out/real}
@@ -38,4 +38,4 @@ EOF
 "$python" inheritune.py --reference="$out/smollm2" --data_dir="$out/data" --out_dir="$out/recipe" --block_size=256 \
     --tokens_per_step=2048 --micro_batch=8 --max_steps=60 --warmup_steps=6 --lr=3e-4 --eval_interval=20 --compile=False \
     --start_layers=15 --tolerance=9 --sequences=20 --baselines random "last layers" "first layers and the last" \
-    "every other layer" "layers at random"
+    "every other layer" "layers at random" "spread layers"

@@ -43,6 +43,7 @@ def n_layer(model):
         ("first layers and the last", "0:15,23"),
         ("middle layers", "4:20"),
         ("every other layer", "::2,18:22"),
+        ("spread layers", "0,2:4,5:7,8:10,11:13,14:16,17:19,20:22,23"),
         ("distilled, every other layer", "::2,18:22"),  # DistilBERT's (appendix D)
         ("lazy layers in place", "new:15,15:24"),  # figure 23
         ("stacking", "0:8,0:8"),
@@ -60,6 +61,12 @@ def test_the_layers_of_a_baseline_are_those_of_the_paper(name, layers):
     from inherit import parse_layers
 
     assert known()[name].layers == parse_layers(layers, 24)
+
+
+@pytest.mark.parametrize("n,k", SIZES)
+def test_spread_layers_are_k_different_ones_from_the_first_to_the_last(n, k):
+    layers = known(n, k)["spread layers"].layers
+    assert len(set(layers)) == k and layers == sorted(layers) and layers[0] == 0 and layers[-1] == (n - 1 if k > 1 else 0)
 
 
 @pytest.mark.parametrize(

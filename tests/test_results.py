@@ -190,3 +190,96 @@ def test_a_row_about_sinks_is_its_log(row):
 
 def test_the_long_runs_have_their_rows():
     assert len(LONG) == 5 and len(re.findall(r"^\| .* M bytes \|", RESULTS, flags=re.MULTILINE)) == len(SINKS)
+
+# ---- the numbers in sentences
+
+SENTENCES = " ".join(RESULTS.split())
+
+
+def report_rows() -> dict[str, list[str]]:
+    """Model -> the cells of its row in the study's report."""
+    lines = (STUDY / "report.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: row for row in cells if len(row) == 12 and row[7][:2] in ("+0", "-0")}
+
+
+def sentences_of_the_study() -> list[str]:
+    rows = report_rows()
+    loss, difference = ({name: float(row[i].split()[0]) for name, row in rows.items()} for i in (6, 7))
+    flops = {name: float(row[5]) for name, row in rows.items()}
+    eight, on, twice = "inherited, 8 layers", "reference, trained on", "random, twice the steps"
+    better = {layers: val_losses(STUDY / "better" / layers.replace(", ", "-")).mean() for layers, *_ in BETTER}
+    first_seed = val_losses(STUDY / "better/target").mean()  # the first eight layers
+    reference = loss["reference, WSD"] - difference["reference, WSD"]
+    wsd = [each - loss["reference, WSD"] for each in (first_seed, loss["inherited, WSD"])]
+    below = reference - first_seed
+    others = (3 * -difference[eight] - below) / 2
+    deep = sorted(first_seed - each for layers, each in better.items() if layers[0] == "0")
+    claimed = {pair: abs(float(found[0].split()[0])) for pair, found in reported().items() if found[1]}
+    three = [claimed["target", name] for name in ("every other layer", "layers at random")]
+    three.append(claimed["first layers and the last", "target"])
+    thirds = [loss[f"{which} third"] for which in ("first", "middle", "last")]
+    with open(STUDY / "attention.csv", encoding="utf-8") as file:
+        ranks = [float(row["max_rank"]) for row in csv.DictReader(file) if row["model"] == "reference"]
+    without = val_losses(STUDY / "better/without-attention-8-11").mean() - min(better.values())
+    return [
+        f"than the reference ({rows['inherited, 6 layers'][7]} nats per byte, spread over three seeds {rows['inherited, 6 layers'][8][:6]})",
+        f"(by {rows['random'][7][1:]} nats), in each seed",
+        f"MaxRank lies between {min(ranks):.1f} and {max(ranks):.1f} in the first seed",
+        f"({below:.3f} below the reference instead of {others:.3f})",
+        f"at {loss['reference, WSD']:.4f} instead of {reference:.4f} for the same tokens",
+        f"({wsd[0]:+.4f} and, inherited before its decay, {wsd[1]:+.4f})",
+        f"and {1 - flops[twice] / flops[eight]:.0%} fewer FLOPs. The reference",
+        f"with 12 layers and {flops[on] / flops[eight] - 1:.0%} more FLOPs",
+        f"by {three[0]:.3f}, {three[1]:.3f} and {three[2]:.3f}, in each of three seeds",
+        f"with {1 - flops['stacking'] / flops[eight]:.0%} fewer FLOPs in all (one seed). Five other choices",
+        f"than stacking, the lowest by {loss['stacking'] - min(better.values()):.3f}",
+        f"({loss['every other layer']:.4f} and {loss['layers at random']:.4f})",
+        f"differ by {max(thirds) - min(thirds):.3f} at most",
+        f"by {deep[0]:.3f} to {deep[-1]:.3f} in the first seed",
+        f"by {min(three):.3f} to {max(three):.3f} on average",
+        f"by {claimed['target', twice]:.3f} and {claimed['target', on] + 1e-9:.3f}, so both",  # 0.0615 is rounded up
+        f"{loss['every other layer'] / loss[on] - 1:.1%} above the reference trained on",
+        f"{1 - flops['every other layer'] / flops[on]:.0%} fewer FLOPs in all and {float(rows['every other layer'][10]):.0%} of the latency",
+        f"(by {without:.3f}, the same seed)",
+    ]
+
+
+def sentences_of_real_models() -> list[str]:
+    left_out = {model: {r["layer"]: r for r in load(f"{model}-ablation")["layers"]} for model in MODELS}
+    parts = {
+        (model, layer): [f"{left_out[model][layer][key]:+.2f}" for key in ("attention_cost", "cost")]
+        for model, layer in (("smollm2", 23), ("smollm2", 24), ("gemma3", 12))
+    }
+    laziest, rows = left_out["smollm2"][23], left_out["smollm2"].values()
+    cheaper = [row for row in rows if row["cost"] < laziest["cost"]]
+    near = [r for r in cheaper if laziest["cost"] - r["cost"] < 2 * np.hypot(laziest["cost_se"], r["cost_se"])]
+    best, spread = (val_losses(*smollm2(f"{run}-15")) for run in ("even-and-the-last", "spread-layers"))
+    gemma = sorted((row["cost"] for row in left_out["gemma3"].values()), reverse=True)
+    mean, error = paired_difference(smollm2("inherited-15"), smollm2("even-and-the-last-15"))
+    return [
+        "layer 23 costs {} nats instead of {},".format(*parts["smollm2", 23]),
+        "layer 24 {} instead of {},".format(*parts["smollm2", 24]),
+        "Gemma's layer 12 {} instead of {}.".format(*parts["gemma3", 12]),
+        f"cost most of all ({gemma[0]:+.2f} and {gemma[1]:+.2f} nats)",
+        f"{len(cheaper)} of the other 29, though {len(near)} of these lie within two standard errors",
+        f"cost much ({left_out['smollm2'][28]['cost']:+.2f} and {left_out['smollm2'][29]['cost']:+.2f})",
+        f"and the last: {mean:.2f} ± {error:.2f} better",
+        f"differ by {spread.mean() - best.mean():.2f}, so",
+    ]
+
+
+@pytest.mark.parametrize("sentence", sentences_of_the_study() + sentences_of_real_models())
+def test_a_number_in_a_sentence_is_that_of_the_files(sentence):
+    assert sentence in SENTENCES
+
+
+def test_what_is_said_of_the_ranks_of_long_runs_is_in_their_logs():
+    deep = lines_of("muon/long-muon-1.6e-2", "MaxRank"), 6
+    first = lines_of("muon/long-muon-8e-3", "MaxRank"), 0
+    for lines, layer in (deep, first):
+        ranks = [line["MaxRank"][layer] for line in lines]
+        assert f"(from {max(ranks):.1f} to {ranks[-1]:.1f})" in SENTENCES
+    decay = lines_of("collapse/decay-adamw-8e-3", "val_loss")[-1]["val_loss"]
+    usual = lines_of("muon/long-adamw-8e-3", "val_loss")[-1]["val_loss"]
+    assert f"({decay:.2f} nats per byte; with 0.1 it is {usual:.2f} on" in SENTENCES

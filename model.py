@@ -17,8 +17,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# On a CPU in bfloat16, matrix products take half the time of the fused kernel. They hold the
-# (T, T) matrices, so from some length on they need too much memory.
+# On a CPU in bfloat16, matrix products take half the time of the fused kernel. But then the (T, T)
+# matrices are in memory, so from some length on they need too much of it.
 PRODUCTS_UP_TO = 512  # T
 
 
@@ -74,8 +74,8 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.scale = (config.n_embd // config.n_head) ** -0.5
         self.divisor = None
-        if config.scale_attn_by_inverse_layer_idx:  # a tensor: the layers share one compiled graph
-            self.divisor = torch.tensor(layer_idx + 1.0, device="cpu")
+        if config.scale_attn_by_inverse_layer_idx:  # no number: the layers share a compiled graph
+            self.divisor = torch.tensor(layer_idx + 1.0, device="cpu")  # fits a GPU's tensors too
 
     def heads(self, x):
         """(B, T, C) -> queries, keys, values, each (B, nh, T, hs)."""
@@ -85,7 +85,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.heads(x)
-        dropout_p = self.dropout if self.training else 0.0  # the functions do not know the mode
+        dropout_p = self.dropout if self.training else 0.0  # functional dropout ignores eval()
         if x.device.type == "cpu" and q.dtype == torch.bfloat16 and x.shape[1] <= PRODUCTS_UP_TO:
             y = F.dropout(self.attention_weights(q, k), dropout_p) @ v  # (B, nh, T, T) @ (B, nh, T, hs)
         else:
@@ -106,7 +106,7 @@ class CausalSelfAttention(nn.Module):
 
 
 def gelu(x):
-    """GPT-2's GELU, the tanh form: the exact one moves its logits by 1e-4."""
+    """GPT-2's GELU, the tanh form. The exact one would change its logits by 1e-4."""
     if torch.compiler.is_compiling():  # by exp, since 1 + tanh(z) = 2·sigmoid(2z): 8% of a step
         return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
     return F.gelu(x, approximate="tanh")  # one kernel
@@ -192,7 +192,7 @@ class GPT(nn.Module):
         return logits if targets is None else token_losses(logits, targets, reduction)
 
     def compile_blocks(self, **options):
-        """torch.compile one block, for all layers, and the head: 24 layers take as long as 6."""
+        """torch.compile one block, for all layers, and the head: the time hardly grows with depth."""
         for block in self.transformer.h:
             block.compile(**options)
         self.head = torch.compile(self.head, **options)
@@ -203,7 +203,7 @@ class GPT(nn.Module):
         x = self.embed(idx)
         for block in self.transformer.h:
             yield block.attn.matrix(block.ln_1(x))
-            x = block.forward(x)  # as it is written: compiling it for this shape would not pay
+            x = block.forward(x)  # uncompiled: compiling it for this shape would not pay
 
     def param_groups(self, weight_decay: float) -> list[dict]:
         """AdamW's groups: matrices and embeddings decay, biases and layer norms do not."""

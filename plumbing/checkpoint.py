@@ -1,7 +1,7 @@
 """A checkpoint is a Hugging Face directory: save and load models, and what a run needs to resume.
 
     python -c "from plumbing import checkpoint as c; print(c.load_model('out/demo/reference').config)"
-    python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained('out/.../step-00000400')"
+    python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained('out/.../step-00000600')"
 
 config.json            GPT2Config's fields, and ours: bias, tokenizer
 tokenizer.json         and tokenizer_config.json, copied from the data directory

@@ -85,7 +85,7 @@ def pick_compile(choice: bool | str, device: torch.device, flops: float) -> tupl
         torch.compile(torch.sin)(torch.zeros(2, device=device))
     except Exception as error:  # whatever is missing, the run works without
         return False, f"it fails on this machine ({type(error).__name__})"
-    # a CPU: soon, and 0 to 11% slower than the whole model (docs/performance.md)
+    # a CPU: a step is 0 to 12% slower than with the whole model compiled (docs/performance.md)
     return "blocks" if device.type == "cpu" else True, "it works on this machine"
 
 
@@ -106,7 +106,7 @@ def prepare(models: list, compile_choice: bool | str, flops: float, hardware: Ha
 def keep_freed_memory():
     """Make glibc keep freed memory for the next step instead of returning it to the system.
 
-    Getting it anew, page by page, took a tenth to a third of a step.
+    Getting it anew, page by page, took up to a third of a step.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
@@ -124,10 +124,10 @@ def send_all(batches, device: torch.device):
 
 def check_finite(optimizer, scaler, kept: list[Path]):
     """Wait for the device. UserError, exit code 1, if a gradient norm was not finite."""
-    # float16 tries smaller scales first
+    # float16 tries smaller scales first, down to 1
     failed = scaler.get_scale() < 1 if scaler.is_enabled() else optimizer.found_inf
     if failed:
-        # the updates made, without those skipped; Muon does not count
+        # the updates made, without those skipped; Muon keeps no counter
         made = int(next((s["step"] for s in optimizer.state.values() if "step" in s), 0))
         raise UserError(
             f"step {made}: non-finite gradient norm, so no update was made since; "

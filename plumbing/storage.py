@@ -1,6 +1,6 @@
 """Atomic directories of files and tensors: publish, verify, find, lock. Any model family.
 
-    python -c "from plumbing import storage; storage.verify(storage.Path('out/.../step-00000400'))"
+    python -c "from plumbing import storage; storage.verify(storage.Path('out/.../step-00000600'))"
     python -c "from plumbing import storage; print(*storage.read_tensors(storage.resolve('gpt2')))"
 
 A directory is written under a temporary name, flushed to the disk and renamed, so one that has its

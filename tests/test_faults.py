@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import os
 import random
 import resource
@@ -188,7 +189,9 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_to_the_same_bits(data_dir,
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux's /proc shows that a library is being loaded")
 @pytest.mark.parametrize("script", sorted(VERBS - {"minimal"}))
 def test_ctrl_c_while_libraries_are_loaded_prints_no_traceback(script):
-    process = subprocess.Popen([sys.executable, ROOT / f"{script}.py", "--help"], stderr=subprocess.PIPE, text=True)
+    heeded = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # the background of a shell ignores it
+    command = [sys.executable, ROOT / f"{script}.py", "--help"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeded)
     library = "numpy" if script == "prepare_data" else "libtorch"  # which prepare_data.py does without
     wait_for(lambda: library in Path(f"/proc/{process.pid}/maps").read_text())
     process.send_signal(signal.SIGINT)

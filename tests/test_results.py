@@ -264,7 +264,7 @@ def sentences_of_real_models() -> list[str]:
         f"cost most of all ({gemma[0]:+.2f} and {gemma[1]:+.2f} nats)",
         f"{len(cheaper)} of the other 29, though {len(near)} of these lie within two standard errors",
         f"cost much ({left_out['smollm2'][28]['cost']:+.2f} and {left_out['smollm2'][29]['cost']:+.2f})",
-        f"and the last: {mean:.2f} ± {error:.2f} better",
+        f"plus the last: {mean:.2f} ± {error:.2f} better",
         f"differ by {spread.mean() - best.mean():.2f}, so",
     ]
 

@@ -1,4 +1,4 @@
-"""docs/results.md and README.md: what they say is what the files in results/ hold."""
+"""docs/results.md, docs/evidence.md and README.md: what they say is what the files in results/ hold."""
 
 import csv
 import json
@@ -11,7 +11,8 @@ from conftest import ROOT
 from ablation import spearman
 from report import paired_difference, val_losses
 
-RESULTS, README = (ROOT / "docs/results.md").read_text(), (ROOT / "README.md").read_text()
+RESULTS = "".join((ROOT / f"docs/{name}.md").read_text() for name in ("results", "evidence"))
+README = (ROOT / "README.md").read_text()
 MODELS = ("smollm2", "gemma3")
 
 
@@ -257,7 +258,10 @@ def sentences_of_real_models() -> list[str]:
     best, spread = (val_losses(*smollm2(f"{run}-15")) for run in ("even-and-the-last", "spread-layers"))
     gemma = sorted((row["cost"] for row in left_out["gemma3"].values()), reverse=True)
     mean, error = paired_difference(smollm2("inherited-15"), smollm2("even-and-the-last-15"))
+    said = numbers("smollm2")
+    halves = [said[row] for row in ("... second half", "heads near rank one, first half of the layers")]
     return [
+        f"In SmolLM2 {halves[0]} of the heads of the second half are near rank one, and {halves[1]} of the first half",
         "layer 23 costs {} nats instead of {},".format(*parts["smollm2", 23]),
         "layer 24 {} instead of {},".format(*parts["smollm2", 24]),
         "Gemma's layer 12 {} instead of {}.".format(*parts["gemma3", 12]),
@@ -265,6 +269,7 @@ def sentences_of_real_models() -> list[str]:
         f"{len(cheaper)} of the other 29, though {len(near)} of these lie within two standard errors",
         f"cost much ({left_out['smollm2'][28]['cost']:+.2f} and {left_out['smollm2'][29]['cost']:+.2f})",
         f"plus the last: {mean:.2f} ± {error:.2f} better",
+        f"plus the last, ends {mean:.2f} ± {error:.2f} nats below the first 15",
         f"differ by {spread.mean() - best.mean():.2f}, so",
     ]
 

@@ -9,7 +9,7 @@ control is an untrained model of the same shape. H heads, S sequences, B of them
 tensor called values_HS has the shape (H, S).
 """
 
-from plumbing import configurator  # isort: skip  # before torch: a quiet Ctrl-C
+from plumbing import configurator  # isort: skip  # before the slow imports: a quiet Ctrl-C
 
 import csv
 from collections.abc import Callable

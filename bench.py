@@ -9,7 +9,7 @@ peers. Tokens are random, since no speed depends on them. Contenders take turns 
 so a machine that slows down slows them all. What is printed are medians over turns.
 """
 
-from plumbing import configurator  # isort: skip  # before torch: a quiet Ctrl-C
+from plumbing import configurator  # isort: skip  # before the slow imports: a quiet Ctrl-C
 
 import contextlib
 import functools

@@ -14,7 +14,7 @@ and --width need a GPT-2. What is made of another family is opened in transforme
 published. lineage.json says where each tensor came from.
 """
 
-from plumbing import configurator  # isort: skip  # before torch: a quiet Ctrl-C
+from plumbing import configurator  # isort: skip  # before the slow imports: a quiet Ctrl-C
 
 import re
 from dataclasses import dataclass

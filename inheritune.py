@@ -8,7 +8,7 @@ Rerun the same command to resume: complete stages are skipped. All models of one
 tokens in the same order, and all are evaluated on the same validation windows.
 """
 
-from plumbing import configurator  # isort: skip  # before torch: a quiet Ctrl-C
+from plumbing import configurator  # isort: skip  # before the slow imports: a quiet Ctrl-C
 
 import functools
 from dataclasses import dataclass, field, fields, replace

@@ -12,7 +12,7 @@ from the beginning, but what `datasets` has downloaded stays in its cache (HF_HO
 grow with the corpus.
 """
 
-from plumbing import configurator  # isort: skip  # before torch: a quiet Ctrl-C
+from plumbing import configurator  # isort: skip  # before the slow imports: a quiet Ctrl-C
 
 import errno
 import functools
@@ -120,12 +120,11 @@ def load(column: str, path: str, name: str | None = None, **options):
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it also raises its errors
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    how = {}
-    if os.path.isdir(path):  # the cache knows it by its name alone, so the copy is made anew
-        how = {"download_mode": "force_redownload", "verification_mode": "no_checks"}
+    # the cache knows a directory by its name alone, so the copy is made anew
+    anew = {"download_mode": "force_redownload", "verification_mode": "no_checks"}
     try:
         builder = datasets.load_dataset_builder(path, name, **options)
-        builder.download_and_prepare(**how)
+        builder.download_and_prepare(**anew if os.path.isdir(path) else {})
         table = builder.as_dataset(split="train").select_columns([column])
     except Exception as error:  # also those of pyarrow, pandas, fsspec and the HTTP library
         cause = error.__cause__ or error

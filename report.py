@@ -8,7 +8,7 @@ It reads recipe.json (written by inheritune.py), each run's metrics.jsonl and la
 the results of analyze_attention.py. Every checkpoint is verified before it is read.
 """
 
-from plumbing import configurator  # isort: skip  # before torch: a quiet Ctrl-C
+from plumbing import configurator  # isort: skip  # before the slow imports: a quiet Ctrl-C
 
 import math
 from dataclasses import dataclass

@@ -4,7 +4,7 @@
     python sample.py gpt2 --prompt="In 2026," --max_new_tokens=50 --top_k=40 --samples=3
 """
 
-from plumbing import configurator  # isort: skip  # before torch: a quiet Ctrl-C
+from plumbing import configurator  # isort: skip  # before the slow imports: a quiet Ctrl-C
 
 import sys
 from dataclasses import dataclass

@@ -8,7 +8,7 @@
 It writes checkpoints (out_dir/step-*/) and out_dir/metrics.jsonl. A step is one update.
 """
 
-from plumbing import configurator  # isort: skip  # before torch: a quiet Ctrl-C
+from plumbing import configurator  # isort: skip  # before the slow imports: a quiet Ctrl-C
 
 import contextlib
 import functools
@@ -77,7 +77,7 @@ class TrainConfig(ModelOptions):
     track_rank: bool = may_change(False)  # log each layer's attention measures on 8 windows when evaluated
     device: str = may_change("auto")  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of products
-    compile: Literal["auto", "blocks", True, False] = may_change("auto")  # blocks: sooner, slower steps
+    compile: Literal["auto", "blocks", True, False] = may_change("auto")  # blocks: one for all layers
     gradient_checkpointing: bool = may_change(False)  # less memory, a third slower
     deterministic: bool = may_change(False)  # GPU: the same bits again, slower; a CPU: always
 

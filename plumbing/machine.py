@@ -20,7 +20,8 @@ import torch
 
 from plumbing.configurator import UserError
 
-COMPILE_PAYS_FROM = 5e13  # FLOPs of a run on a CPU (docs/performance.md)
+# FLOPs of a run on a CPU (docs/performance.md): from here one block is compiled, then the whole model
+COMPILE_PAYS_FROM, WHOLE_PAYS_FROM = 5e13, 2e14
 
 
 def pick_device(name: str) -> torch.device:
@@ -85,8 +86,8 @@ def pick_compile(choice: bool | str, device: torch.device, flops: float) -> tupl
         torch.compile(torch.sin)(torch.zeros(2, device=device))
     except Exception as error:  # whatever is missing, the run works without
         return False, f"it fails on this machine ({type(error).__name__})"
-    # a CPU: a step is 0 to 12% slower than with the whole model compiled (docs/performance.md)
-    return "blocks" if device.type == "cpu" else True, "it works on this machine"
+    short = device.type == "cpu" and flops < WHOLE_PAYS_FROM
+    return "blocks" if short else True, "it works on this machine"
 
 
 def prepare(models: list, compile_choice: bool | str, flops: float, hardware: Hardware) -> str:

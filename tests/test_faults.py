@@ -312,18 +312,19 @@ def test_one_process_goes_on_where_two_stopped_and_back(data_dir, tmp_path):
 
 @contextlib.contextmanager
 def proxy_that_answers(answer: bytes):
-    """The port of a server that gives this answer to whatever it is asked."""
+    """The port of a server that gives this answer to whatever it is asked, and what it was asked."""
+    asked = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve():
             with contextlib.suppress(OSError):  # closed at the end
                 while True:
                     with server.accept()[0] as connection:
-                        connection.recv(4096)
+                        asked.append(connection.recv(4096))
                         connection.sendall(answer)
 
         threading.Thread(target=serve, daemon=True).start()
-        yield server.getsockname()[1]
+        yield server.getsockname()[1], asked
 
 
 @pytest.mark.parametrize(
@@ -335,11 +336,12 @@ def proxy_that_answers(answer: bytes):
 def test_a_proxy_without_a_way_to_the_hub_is_one_line(answer, what, tmp_path):
     code = "from plumbing import configurator, storage; configurator.run(lambda: storage.resolve('nobody/nothing'))"
     command = {"model": ["-c", code], "corpus": ["prepare_data.py", "fineweb-edu", "--tokenizer=bytes", f"--out={tmp_path}/out"]}
-    with proxy_that_answers(answer) as port:
+    with proxy_that_answers(answer) as (port, asked):
         environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HOME": str(tmp_path)}
         environment |= {"HTTPS_PROXY": f"http://127.0.0.1:{port}", "NO_PROXY": ""}
         done = subprocess.run([sys.executable, *command[what]], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert asked and all(request.startswith(b"CONNECT ") for request in asked)  # it did go through the proxy
 
 
 def test_a_tokenizer_that_cannot_be_reached_names_the_remedy(data_dir, tmp_path):

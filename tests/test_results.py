@@ -89,11 +89,14 @@ def test_a_row_about_smollm2_is_that_of_its_run(row):
     assert last["step"] == 60 and f"| {row} | {cells} |" in RESULTS
 
 
-@pytest.mark.parametrize("run,words", [
+@pytest.mark.parametrize(
+    "run,words",
+    [
         ("spread-layers-15", "they are better by {} nats"),
         ("every-other-layer-15", "every other one by {}"),
         ("first-layers-and-the-last-15", "the first 14 with the last by {}."),
-    ])
+    ],
+)
 def test_what_other_layers_are_worth_in_smollm2_is_the_paired_difference(run, words):
     difference, interval = paired_difference(smollm2("inherited-15"), smollm2(run))
     assert words.format(f"{difference:.2f} ± {interval:.2f}") in " ".join(RESULTS.split())
@@ -191,6 +194,7 @@ def test_a_row_about_sinks_is_its_log(row):
 
 def test_the_long_runs_have_their_rows():
     assert len(LONG) == 5 and len(re.findall(r"^\| .* M bytes \|", RESULTS, flags=re.MULTILINE)) == len(SINKS)
+
 
 # ---- the numbers in sentences
 

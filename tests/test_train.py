@@ -388,6 +388,12 @@ def test_a_compiled_run_equals_an_eager_one_and_its_names_are_clean(data_dir, tm
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("flops,expected", [(4e13, False), (1e14, "blocks"), (3e14, True)])
+def test_a_longer_run_on_a_cpu_compiles_more(flops, expected):
+    assert machine.pick_compile("auto", torch.device("cpu"), flops)[0] == expected
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}])
 def test_one_compiled_block_serves_all_layers(data_dir, tmp_path, monkeypatch, changes):
     """Also where layer i divides its logits by i + 1, and with blocks that are computed again."""

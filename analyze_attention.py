@@ -24,7 +24,7 @@ import tyro
 from tqdm import tqdm
 
 import data
-from plumbing import checkpoint, storage
+from plumbing import model_files, pretrained, storage
 from plumbing.configurator import UserError
 from plumbing.fast_rank import fast_rank
 from plumbing.machine import pick_device
@@ -202,9 +202,9 @@ def pictures(model: torch.nn.Module, idx: torch.Tensor, values: dict, heads: lis
 
 def identity(config: AnalyzeConfig) -> dict:
     """All that the numbers depend on. With this unchanged, an analysis is reused. UserError."""
-    paths = [storage.resolve(name) for name in (config.model, config.compare) if name]
+    paths = [model_files.resolve(name) for name in (config.model, config.compare) if name]
     wanted = {"block_size": config.seq_len}  # another family can read longer texts than by default
-    shapes = [checkpoint.read_config(path, wanted) for path in paths]
+    shapes = [pretrained.read_config(path, wanted) for path in paths]
     L, H = shapes[0].n_layer, shapes[0].n_head
     try:
         taus = sorted(map(float, config.tau.split(",")), key=lambda tau: (tau != 0.9, -tau))
@@ -222,8 +222,8 @@ def identity(config: AnalyzeConfig) -> dict:
         found = ", ".join(f"{key} {getattr(config, key)!r}" for key in keys)
         raise UserError(f"found {found}; expected {expected}") from None
     return {
-        "sha256": [storage.hashes(path) for path in paths],
-        "data_sha256": data.read_meta(config.data_dir)["splits"]["val"]["sha256"],
+        "sha256": [model_files.hashes(path) for path in paths],
+        "data_sha256": data.read_meta(config.data_dir)["sha256"]["val"],
         "T": min(config.seq_len, *(shape.block_size for shape in shapes)),
         "tau": taus, "ranges": groups, "drawn": heads,
         "wanted": config.sequences, "seed": config.seed,
@@ -261,10 +261,10 @@ def analyze(config: AnalyzeConfig) -> dict:
     for role, name in models.items():
         if not name:
             continue
-        path, fresh = storage.resolve(name), role == "untrained"
-        checkpoint.check_tokenizer(path, meta)
+        path, fresh = model_files.resolve(name), role == "untrained"
+        pretrained.check_tokenizer(path, meta)
         torch.manual_seed(0)  # of the untrained one
-        model = checkpoint.load_model(path, fresh=fresh).to(idx.device)
+        model = pretrained.load_model(path, fresh=fresh).to(idx.device)
         values, n = measure(model, idx, measures, config.micro_batch), model.config.n_layer
         groups = result["ranges"] or [(n * i // 3, n * (i + 1) // 3) for i in range(3)]
         run = path.parent if path.name.startswith("step-") else Path(name)

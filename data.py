@@ -4,15 +4,14 @@
     python prepare_data.py python --out=data/python        # verifies it if it is there
 
 A data directory holds train.bin and val.bin (little-endian uint16, or uint32 for a large
-vocabulary) and meta.json, which is written last: if it exists, the preparation was finished.
+vocabulary), meta.json and the tokenizer, and manifest.json with the sha256 of each, which is written
+last: if it exists, the preparation was finished.
 
 The order of the training data is a pure function of (seed, step). Nothing is stored to resume it, a
 rank or a micro-batch only takes its slice of it, and all models of a comparison see the same.
 """
 
 import functools
-import hashlib
-import json
 import math
 from pathlib import Path
 
@@ -21,47 +20,21 @@ import numpy as np
 from plumbing import storage
 from plumbing.configurator import UserError
 
-FORMAT = 1
 
+def read_meta(data_dir: str | Path, unread: tuple = (".bin",)) -> dict:
+    """The meta.json of a data directory, its path, and the sha256 of each split's tokens.
 
-def hash_of(meta: dict) -> str:
-    """The sha256 of what a meta.json says, which it holds itself."""
-    content = {key: value for key, value in meta.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def read_meta(data_dir: str | Path) -> dict:
-    """The meta.json of a data directory. UserError unless the files have the sizes it says."""
-    data_dir = Path(data_dir).expanduser()
-    file = data_dir / "meta.json"
-    meta = storage.read_json(file) if file.is_file() else {}
-    remedy = f"prepare it with: python prepare_data.py SOURCE --out={data_dir}"
-    if meta.get("format") != FORMAT:
-        raise UserError(f"{data_dir}: no meta.json of format {FORMAT}, so not prepared; {remedy}")
-    if meta.get("sha256", hash_of(meta)) != hash_of(meta):  # older files have none
-        raise UserError(f"{file}: sha256 mismatch, so it was changed; {remedy}")
-    for split, entry in meta["splits"].items():
-        path = data_dir / f"{split}.bin"
-        found = path.stat().st_size if path.is_file() else "no file"
-        expected = entry["tokens"] * np.dtype(meta["dtype"]).itemsize
-        if found != expected:
-            raise UserError(f"{path}: found {found}, expected {expected} bytes; {remedy}")
-    return meta | {"directory": str(data_dir)}
-
-
-def verify(data_dir: str | Path) -> dict:
-    """read_meta, and the sha256 of each file: seconds for ten gigabytes. Raises UserError."""
-    meta = read_meta(data_dir)
-    for split, sha256 in fingerprint(meta).items():
-        path = Path(meta["directory"]) / f"{split}.bin"
-        if storage.sha256_of(path) != sha256:
-            raise UserError(f"{path}: sha256 mismatch; the file is damaged, prepare it again")
-    return meta
-
-
-def fingerprint(meta: dict) -> dict[str, str]:
-    """Identifies the tokens of a data directory: split -> sha256."""
-    return {split: entry["sha256"] for split, entry in meta["splits"].items()}
+    UserError unless it is complete and unchanged; of files that end in one of `unread` only the size
+    is compared. With unread=() all are read: seconds for ten gigabytes.
+    """
+    path = Path(data_dir).expanduser()
+    try:
+        listed = storage.verify(path, unread)
+        meta = storage.read_json(path / "meta.json")
+    except UserError as error:
+        raise UserError(f"{error}; prepare it with: python prepare_data.py SOURCE --out={path}") from None
+    sha256 = {split: listed[f"{split}.bin"][1] for split in meta["splits"]}
+    return meta | {"directory": str(path), "sha256": sha256}
 
 
 def open_tokens(data_dir: str | Path, split: str, block_size: int, vocab_size: float) -> np.ndarray:
@@ -106,9 +79,7 @@ def accumulation(tokens_per_step: int, micro_batch: int, block_size: int, proces
     """How many micro-batches of each process make a step. UserError if it is no whole number."""
     micro_tokens = micro_batch * block_size * processes
     if tokens_per_step % micro_tokens:
-        windows = tokens_per_step / block_size / processes  # of each process
-        fitting = [b for b in range(1, micro_batch) if windows % b == 0]
-        remedy = f"--micro_batch={fitting[-1]} divides it" if fitting else "change tokens_per_step"
+        remedy = f"choose a micro_batch that divides {tokens_per_step / block_size / processes:g}"
         raise UserError(
             f"tokens_per_step {tokens_per_step} is not divisible by micro_batch {micro_batch} x "
             f"block_size {block_size} x {processes} process(es) = {micro_tokens}; {remedy}"

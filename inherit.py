@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import save_torch_state_dict
 
-from plumbing import storage
+from plumbing import model_files, storage
 from plumbing.configurator import UserError
 
 # "transformer.h." "3" "ln_1.weight"
@@ -128,7 +128,7 @@ def open_sources(settings: InheritConfig) -> tuple[list[Source], dict]:
     if settings.top:
         wanted.append((settings.top, settings.top_layers))
     for name, layers in wanted:
-        path = storage.resolve(name)
+        path = model_files.resolve(name)
         config = storage.read_json(path / "config.json")
         if config.get("model_type") != "gpt2":
             from plumbing import decoders  # imported here: GPT-2 does without it
@@ -142,7 +142,7 @@ def open_sources(settings: InheritConfig) -> tuple[list[Source], dict]:
         sources.append(Source(path, config, n_layer, offset))
         offset += n_layer
     path, config = sources[0].path, sources[0].config
-    lineage = {"reference": str(settings.reference), "sha256": storage.hashes(path)}
+    lineage = {"reference": str(settings.reference), "sha256": model_files.hashes(path)}
     lineage |= {"parts": settings.parts or "all", "layers": chosen}
     if settings.width < 1:
         lineage["width"] = settings.width
@@ -157,7 +157,7 @@ def open_sources(settings: InheritConfig) -> tuple[list[Source], dict]:
         ]
         if differ:
             raise UserError(f"{path} and {settings.top} have different layers: {'; '.join(differ)}")
-        lineage["top_sha256"] = storage.hashes(sources[1].path)
+        lineage["top_sha256"] = model_files.hashes(sources[1].path)
     return sources, lineage
 
 
@@ -170,8 +170,8 @@ def source_tensors(sources: list[Source], width: float) -> dict:
     """Name -> tensor: the layers of all sources, counted through, and the first one's others."""
     found, beyond = {}, set()
     for path, config, n_layer, offset in sources:
-        rename = storage.gpt2_key if config["model_type"] == "gpt2" else str
-        for stored_name, tensor in storage.read_tensors(path).items():
+        rename = model_files.gpt2_key if config["model_type"] == "gpt2" else str
+        for stored_name, tensor in model_files.read_tensors(path).items():
             name = rename(stored_name) or ""  # a mask has no name
             match = LAYER.match(name)
             if match and int(match[2]) < n_layer:
@@ -219,10 +219,10 @@ def inherit(reference, layers, out, **others) -> Path:
         if len(set(chosen)) < len(chosen):  # a file holds no tensor twice
             weights = {new: tensor.clone() for new, tensor in weights.items()}
         if fresh := [new for new, old in origin.items() if old is None]:
-            from plumbing import checkpoint  # imported here: only fresh layers need a model
+            from plumbing import checkpoint, pretrained  # imported here: only fresh layers need a model
 
             torch.manual_seed(settings.seed)
-            drawn = checkpoint.hf_tensors(checkpoint.load_model(directory, fresh=True))
+            drawn = checkpoint.hf_tensors(pretrained.load_model(directory, fresh=True))
             dtype = next(iter(weights.values())).dtype
             weights |= {name: drawn[name].to(dtype) for name in fresh}
         storage.check_finite(path, weights)

@@ -20,7 +20,7 @@ from analyze_attention import AnalyzeConfig, analyze, stored, suggested_layers
 from baselines import PAPER, Plan, baselines
 from inherit import inherit, lineage_of
 from model import GPTConfig
-from plumbing import checkpoint, machine, processes, storage
+from plumbing import checkpoint, machine, model_files, pretrained, processes, storage
 from plumbing.configurator import UserError
 from plumbing.processes import on_rank_0
 from report import paired_difference, report, verdict
@@ -47,7 +47,7 @@ class RecipeConfig(TrainConfig):
     def n(self) -> int:
         """Layers of the reference."""
         if self.reference:
-            return checkpoint.read_config(storage.resolve(self.reference)).n_layer
+            return pretrained.read_config(model_files.resolve(self.reference)).n_layer
         return self.n_layer or GPTConfig.n_layer
 
     @property
@@ -118,7 +118,7 @@ def check(config: RecipeConfig):
         configurator.check_key(config.paper, PAPER, "paper")
     base, world_size = GPTConfig(), processes.rank_and_world_size()[1]
     if config.reference:
-        base = checkpoint.read_config(storage.resolve(config.reference))
+        base = pretrained.read_config(model_files.resolve(config.reference))
     for name, model in models.items():
         try:
             settings = train_config(config, model, config.seed, Path(config.out_dir))
@@ -159,7 +159,7 @@ class Models:
         """The checkpoint to inherit from or to distill."""
         settings = self.settings[name]
         step = f"step-{stable_steps(settings):08d}" if stable else ""
-        return storage.resolve(Path(settings.out_dir) / step)
+        return model_files.resolve(Path(settings.out_dir) / step)
 
     def make(self, name: str, model: Plan, directory: str) -> tuple[Path, list[Path]]:
         """Inherit and train (Inheritune steps 1, 2), once. Returns the checkpoint and its sources."""
@@ -187,7 +187,7 @@ def inherit_once(source: Path, layers: list, out: Path, how: dict, seed: int):
     if not out.exists():
         inherit(source, layers, out, **how, seed=seed)
     asked = checkpoint.identity(lineage_of(source, layers, **how))
-    found = checkpoint.identity(checkpoint.origin(out))
+    found = checkpoint.identity(pretrained.origin(out))
     differ = [key for key in asked | found if found.get(key) != asked.get(key)]
     if differ:
         raise UserError(f"{out} was made with a different {', '.join(differ)}; remove {out.parent}")

@@ -256,12 +256,11 @@ def write_split(path: Path, documents, n_documents: int, max_tokens: int | None)
             entry["tokens"] += len(ids)
             entry["documents"] += len(ids) > 0
             entry["max_id"] = max(entry["max_id"], int(ids.max(initial=0)))
-    storage.fsync(path)
-    return entry | {"sha256": storage.sha256_of(path)}
+    return entry
 
 
 def write(config: PrepareConfig, out: Path, source, encoding, arguments: dict):
-    """Write both splits under temporary names, rename them, then write meta.json."""
+    """Write both splits under temporary names, rename them, then write the rest."""
     items, read, origin = source
     dtype = "<u2" if encoding.n_vocab <= 2**16 else "<u4"
     encode_item = functools.partial(encode_document, read=read, encoding=encoding, dtype=dtype)
@@ -280,13 +279,11 @@ def write(config: PrepareConfig, out: Path, source, encoding, arguments: dict):
         start = encoding.decode(np.fromfile(path, dtype, 60).tolist())  # shows a wrong column
         print(f"{name}: {entry['tokens']:,} tokens, {entry['documents']:,} documents: {start!r}")
 
-    (out / "meta.json").unlink(missing_ok=True)
-    tokenizers.write_files(encoding, out)
+    (out / "manifest.json").unlink(missing_ok=True)
     for name in splits:
         os.replace(out / f"{name}.partial", out / f"{name}.bin")
-    storage.fsync(out)
+    tokenizers.write_files(encoding, out)
     meta = {
-        "format": data.FORMAT,
         **origin,
         "tokenizer": encoding.name,
         "vocab_size": encoding.n_vocab,
@@ -296,8 +293,9 @@ def write(config: PrepareConfig, out: Path, source, encoding, arguments: dict):
         "splits": splits,
         "arguments": arguments,
     }
-    meta["sha256"] = data.hash_of(meta)
-    storage.write_json(out / "meta.json", meta)  # last: if it exists, the directory is complete
+    storage.write_json(out / "meta.json", meta)
+    names = ("train.bin", "val.bin", "meta.json", *storage.TOKENIZER_FILES)
+    storage.seal([out / name for name in names if (out / name).is_file()])
 
 
 def prepare(config: PrepareConfig, out: Path):
@@ -309,7 +307,7 @@ def prepare(config: PrepareConfig, out: Path):
     arguments["paths"] = [[str(path), found.st_size, found.st_mtime_ns] for path, found in stats]
     arguments["python"] = platform.python_version() if config.source == "python" else None
     try:
-        made_with = data.verify(out)["arguments"]
+        made_with = data.read_meta(out, unread=())["arguments"]
     except UserError:  # absent or damaged: made anew
         encoding = tokenizers.tokenizer(config.tokenizer)  # before anything long
         read_source = {"python": from_python, "files": from_files}.get(config.source, from_hub)

@@ -21,7 +21,7 @@ from torch.utils.benchmark import Timer
 
 import data
 from baselines import CLAIMS, PAPER
-from plumbing import checkpoint, figures, resume, storage
+from plumbing import figures, pretrained, resume, storage
 from plumbing.configurator import UserError
 
 NOTES = """
@@ -84,7 +84,7 @@ def curve(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and validation loss of every evaluation, the mean over the seeds' runs."""
     runs = []
     for path in paths:
-        log = storage.read_log(path.parent / "metrics.jsonl")
+        log = resume.read_log(path.parent / "metrics.jsonl")
         runs.append({line["tokens"]: line["val_loss"] for line in log if "val_loss" in line})
         runs[-1][resume.read_state(path)["tokens"]] = val_losses(path).mean()  # lines may be lost
     tokens = sorted(set.intersection(*map(set, runs)))
@@ -109,7 +109,7 @@ def spent(model: dict, recipe: dict, out_dir: Path) -> list[str]:
 def latency(path: Path, reference: Path) -> float:
     """Time of a forward pass of one sequence, relative to the reference's. The two take turns."""
     timers, threads = [], torch.get_num_threads()
-    for model in map(checkpoint.load_model, (path, reference)):
+    for model in map(pretrained.load_model, (path, reference)):
         idx = torch.zeros(1, model.config.block_size, dtype=torch.long)
         names = {"model": model, "idx": idx}
         timers.append(Timer("model(idx)", globals=names, num_threads=threads))
@@ -125,7 +125,7 @@ def rows_of(recipe: dict, out_dir: Path) -> list[dict]:
         paths = [out_dir / path for path in model["paths"]]
         for path in paths:
             storage.verify(path)
-        config, own = checkpoint.read_config(paths[0]), resume.read_state(paths[0])["tokens"]
+        config, own = pretrained.read_config(paths[0]), resume.read_state(paths[0])["tokens"]
         losses = np.mean([val_losses(path) for path in paths], axis=0)  # (windows,)
         loss, error = data.mean_and_error(losses)
         each, n = seed_differences(paths, references).mean(1), len(paths)
@@ -225,7 +225,7 @@ def attention_table(reference: dict) -> str:
 
 def report_run(run_dir: Path, animate: bool) -> str:
     """Draw how the attention of one run developed. Raises UserError if it was not tracked."""
-    lines = [line for line in storage.read_log(run_dir / "metrics.jsonl") if "MaxRank" in line]
+    lines = [line for line in resume.read_log(run_dir / "metrics.jsonl") if "MaxRank" in line]
     if not lines:
         raise UserError(f"{run_dir}: its attention was not tracked; train with --track_rank")
     figures.plot_collapse(lines, run_dir / "collapse.png")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import tyro
 
-from plumbing import checkpoint, machine, storage, tokenizers
+from plumbing import machine, model_files, pretrained, storage, tokenizers
 from plumbing.configurator import UserError
 
 
@@ -32,8 +32,8 @@ class SampleConfig:
 
 def main():
     config = configurator.load(SampleConfig)
-    device, path = machine.pick_device(config.device), storage.resolve(config.model)
-    model = checkpoint.load_model(path).to(device)
+    device, path = machine.pick_device(config.device), model_files.resolve(config.model)
+    model = pretrained.load_model(path).to(device)
     table = storage.read_json(path / "config.json")
     unnamed = None if table.get("model_type") == "gpt2" else str(path)
     encoding = tokenizers.of_directory(path, table.get("tokenizer", unnamed))

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import data
 from model import GPT, GPTConfig
-from plumbing import checkpoint, machine, processes, resume, storage
+from plumbing import checkpoint, machine, processes, storage
 from plumbing.configurator import UserError, may_change
 
 # ---- settings
@@ -211,7 +211,7 @@ def save(config: TrainConfig, meta: dict, model, optimizer, scaler, state: dict,
 def set_up(config: TrainConfig):
     """(hardware, the data's meta.json, model, teacher or None, where both come from). UserError."""
     hardware = machine.pick(config.device, config.dtype, config.deterministic)
-    meta = processes.on_rank_0(data.verify, config.data_dir)
+    meta = processes.on_rank_0(data.read_meta, config.data_dir, ())
     options = {f.name: value for f in fields(GPTConfig) if (value := getattr(config, f.name)) is not None}
     model, lineage = checkpoint.open_model(config.init_from, meta, hardware.wide, options, config.seed)
     same = {key: getattr(model.config, key) for key in ("vocab_size", "block_size")}
@@ -247,10 +247,12 @@ def loop(config: TrainConfig) -> Path:
 
     # ---- resume
     made_from = {key: checkpoint.identity(lineage) for key, lineage in lineages.items()}
-    made_from["data"] = data.fingerprint(meta)
+    made_from |= {"data": meta["sha256"]}
     start_step, evaluated_at = 0, None
-    path = processes.on_rank_0(resume.to_resume, out_dir, config.resume)
-    if path:
+    if processes.on_rank_0(storage.steps, out_dir) or config.resume is True:
+        from plumbing import resume  # imported where it is used
+
+        path = processes.on_rank_0(resume.to_resume, out_dir, config.resume)
         fixed = {f.name: getattr(config, f.name) for f in fields(config) if not f.metadata.get("may_change")}
         state = resume.resume(path, model, optimizer, scaler, fixed | made_from, config.override.split(","))
         start_step, evaluated_at = state["step"], state["evaluated_at"]

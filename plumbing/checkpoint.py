@@ -1,6 +1,6 @@
-"""A checkpoint is a Hugging Face directory: save and load models, and what a run needs to resume.
+"""A checkpoint is a Hugging Face directory: what is in it, and how a run writes it.
 
-    python -c "from plumbing import checkpoint as c; print(c.load_model('out/demo/reference').config)"
+    python train.py config/demo.toml --max_steps=100 --out_dir=out/mine    # writes two of them
     python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained('out/.../step-00000600')"
 
 config.json            GPT2Config's fields, and ours: bias, tokenizer
@@ -15,7 +15,7 @@ manifest.json          size and sha256 of every other file (plumbing/storage.py)
 """
 
 import re
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -34,9 +34,6 @@ FIXED = {  # what model.py computes, in GPT2Config's words: the value we write, 
 }
 
 
-# ---- config.json
-
-
 def hf_config(config: GPTConfig, tokenizer: str, eot: int) -> dict:
     """config.json of a model. It has every option of GPTConfig, under GPT2Config's name if any."""
     fixed = {key: values[0] for key, values in FIXED.items()}
@@ -44,78 +41,6 @@ def hf_config(config: GPTConfig, tokenizer: str, eot: int) -> dict:
     ours = {"architectures": ["GPT2LMHeadModel"], "n_ctx": config.block_size, "tokenizer": tokenizer}
     dropout = {"embd_pdrop": config.dropout, "attn_pdrop": config.dropout}
     return fixed | options | ours | dropout | {"bos_token_id": eot, "eos_token_id": eot}
-
-
-def is_gpt2(table: dict) -> bool:
-    """Whether model.py computes the model of a config.json. Else plumbing/decoders.py does."""
-    accepted = FIXED | {"n_inner": [None, 4 * table.get("n_embd", 0)]}
-    same = all(table.get(key, values[0]) in values for key, values in accepted.items())
-    return "model_type" in table and same
-
-
-def gpt_config(table: dict, path: Path) -> GPTConfig:
-    """The GPTConfig of a GPT-2's config.json. UserError where a value is missing or impossible."""
-    wrong, options = [], {"bias": True}  # OpenAI's models have biases
-    for field in fields(GPTConfig):
-        key = RENAMED.get(field.name, field.name)
-        if key in table and field.name != "dropout":  # which is a setting of train.py
-            options[field.name] = table[key]
-        elif field.name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-            wrong.append(f"no {key}")
-        plain = isinstance(field.type, type) and field.name in options
-        if plain and key in table and type(table[key]) is not field.type:  # "false" would pass for true
-            wrong.append(f"{key} is {table[key]!r}, expected {field.type.__name__}")
-    try:
-        config = GPTConfig(**options) if not wrong else None
-    except ValueError as error:
-        wrong.append(str(error))
-    if wrong:
-        raise UserError(f"{path}/config.json: {'; '.join(wrong)}")
-    return config
-
-
-def read_config(path: Path, options: dict | None = None) -> GPTConfig:
-    """The shape of the model in a directory, with its parameters and FLOPs. UserError.
-
-    `options` are those of load_model, for another family than GPT-2.
-    """
-    table = storage.read_json(path / "config.json")
-    if is_gpt2(table):
-        return gpt_config(table, path)
-    with torch.device("meta"):
-        return load_model(path, options=options, fresh=True).config
-
-
-def vocabulary(directory: Path) -> dict | None:
-    """Token -> id, of the tokenizer files in a directory; None if there are none."""
-    if not (directory / "tokenizer.json").is_file():
-        old = directory / "vocab.json"
-        return storage.read_json(old) if old.is_file() else None
-    table = storage.read_json(directory / "tokenizer.json")
-    tokens = table["model"]["vocab"]
-    if isinstance(tokens, list):  # Unigram: [token, score]
-        tokens = {token: i for i, (token, _) in enumerate(tokens)}
-    return tokens | {token["content"]: token["id"] for token in table.get("added_tokens") or []}
-
-
-def check_tokenizer(path: Path, meta: dict):
-    """UserError if a model reads other tokens than the data has. A GPT-2 that names none: gpt2."""
-    table = storage.read_json(path / "config.json")
-    theirs, ours = vocabulary(path), vocabulary(Path(meta["directory"]))
-    unnamed = "gpt2" if theirs is None and table.get("model_type") == "gpt2" else str(path)
-    found = table.get("tokenizer", unnamed)
-    other_name = found != meta["tokenizer"]
-    other_tokens = theirs != ours if theirs and ours else other_name
-    if other_tokens:
-        named = "" if other_name else " (another vocabulary of that name)"
-        remedy = f"prepare it anew with --tokenizer={path if named or '/' in found else found}"
-        raise UserError(
-            f"{path} reads tokens of {found!r}{named}, the data in {meta['directory']} those of "
-            f"{meta['tokenizer']!r}; {remedy}"
-        )
-
-
-# ---- weights
 
 
 def hf_layout(key: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -135,79 +60,21 @@ def hf_tensors(model: GPT) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def stored_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The parameters in a GPT-2 directory, in nn.Linear's layout, without masks and tied head."""
-    stored = storage.read_tensors(path).items()
-    found = {key: hf_layout(key, tensor) for name, tensor in stored if (key := storage.gpt2_key(name))}
-    head = found.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, found.get("transformer.wte.weight", head.new_empty(0))):
-        raise UserError(f"{path}: lm_head.weight differs from wte.weight, but config.json ties them")
-    return found
-
-
-def load_model(
-    name: str | Path, dtype: torch.dtype = torch.float32, options: dict | None = None, fresh: bool = False
-) -> GPT:
-    """The model in a checkpoint, a run or on the hub, on the CPU, in evaluation mode. UserError.
-
-    Of GPTConfig's options, dropout applies, and a shorter block_size: the first positions. All
-    apply to a `fresh` model (random weights). Another family: plumbing/decoders.py:Decoder.
-    """
-    path, options = storage.resolve(name), options or {}
-    table = storage.read_json(path / "config.json")
-    if not is_gpt2(table):
-        from plumbing import decoders  # imported here: GPT-2 does without it
-
-        return decoders.load(path, dtype, options, fresh)
-    config = gpt_config(table, path)
-    if fresh:
-        return fresh_model(asdict(config) | options, dtype).eval()
-    weights = stored_weights(path)
-    T = min(options.get("block_size", config.block_size), config.block_size)
-    if T < config.block_size:
-        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:T]
-    # fine-tuned in transformers, a model's biases may no longer be zero
-    bias = config.bias or any(tensor.any() for key, tensor in weights.items() if key.endswith(".bias"))
-    with torch.device("meta"):  # no time, no random numbers for weights that are replaced
-        model = GPT(replace(config, bias=bias, block_size=T, dropout=options.get("dropout", 0.0)))
-    model = model.to(dtype).to_empty(device="cpu")
-    try:
-        model.load_state_dict({key: tensor for key, tensor in weights.items() if bias or key[-5:] != ".bias"})
-    except RuntimeError as error:  # it names every missing, unexpected or misshapen tensor
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
-    return model.eval()
-
-
-def fresh_model(options: dict, dtype: torch.dtype) -> GPT:
-    """A GPT-2 of random weights. Raises UserError for an impossible shape."""
-    try:
-        return GPT(GPTConfig(**options)).to(dtype)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
 def open_model(name: str, meta: dict, dtype: torch.dtype, options: dict, seed: int = 0) -> tuple[GPT, dict]:
     """The model that a run starts from or is taught by, on the CPU, and its lineage: {} if fresh.
 
     "scratch" is a fresh GPT-2 of these options, "scratch:DIR" a fresh model of DIR's shape.
-    Raises UserError unless it has these options and reads the tokens of the data.
+    Raises UserError unless it has these options, which are possible, and reads the tokens of the data.
     """
     torch.manual_seed(seed)
     if name == "scratch":
-        return fresh_model(options, dtype), {}
-    fresh, path = name.startswith("scratch:"), storage.resolve(name.removeprefix("scratch:"))
-    check_tokenizer(path, meta)
-    model = load_model(path, dtype, options, fresh)
-    found = asdict(model.config)
-    differ = [
-        f"{key}: checkpoint {found[key]}, settings {value}"
-        for key, value in options.items()
-        if found[key] != value
-    ]
-    if differ:
-        raise UserError(f"{path} does not have the expected model options: {'; '.join(differ)}")
-    storage.check_finite(path, dict(model.named_parameters()))
-    return model, {} if fresh else origin(path)
+        try:
+            return GPT(GPTConfig(**options)).to(dtype), {}
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    from plumbing import pretrained  # imported where it is used: "scratch" does without it
+
+    return pretrained.open_model(name, meta, dtype, options)
 
 
 def save(path, model, tokenizer: str, eot: int, optimizer=None, files: dict | None = None, data_dir=None):
@@ -231,17 +98,6 @@ def save(path, model, tokenizer: str, eot: int, optimizer=None, files: dict | No
             storage.copy_tokenizer(source, directory)
         for name, content in ({"config.json": config} | (files or {})).items():
             storage.write_json(directory / name, content)
-
-
-# ---- lineage
-
-
-def origin(path: Path) -> dict:
-    """The lineage of what is trained from `path`: its own if it was only inherited, else itself."""
-    lineage = storage.read_json(path / "lineage.json") if (path / "lineage.json").exists() else {}
-    if lineage and not (path / "trainer_state.json").exists():
-        return lineage
-    return {"reference": str(path), "sha256": storage.hashes(path)}
 
 
 def identity(lineage: dict) -> str | dict:

@@ -140,8 +140,7 @@ def check_finite(optimizer, scaler, kept: list[Path]):
 def versions(device: torch.device) -> dict:
     """The code, libraries and machine that make a result."""
     here = shlex.quote(str(Path(__file__).parent))
-    describe = f"git -C {here} describe --always --dirty --abbrev=12"
-    failed, commit = subprocess.getstatusoutput(describe)
+    failed, commit = subprocess.getstatusoutput(f"git -C {here} describe --always --dirty --abbrev=12")
     name = f"{cpu_capabilities().get('cpu_name', platform.machine())}, {os.cpu_count()} cores"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

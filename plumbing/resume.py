@@ -7,6 +7,7 @@ A resumed run ends at the same bits as one that was never interrupted. Besides t
 step has to be restored: data.py computes the order of the data from it.
 """
 
+import contextlib
 import json
 import shutil
 from dataclasses import fields
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 from model import GPT, GPTConfig
-from plumbing import checkpoint, storage
+from plumbing import checkpoint, model_files, pretrained, storage
 from plumbing.configurator import UserError
 
 
@@ -26,9 +27,20 @@ def read_state(path: Path) -> dict:
     return storage.read_json(path / "trainer_state.json")
 
 
+def read_log(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl, but for those that a kill or a full disk has torn."""
+    found = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            value = json.loads(line)
+            found += [value] if isinstance(value, dict) and "step" in value else []
+    return found
+
+
 def load_optimizer(path: Path, model: GPT, optimizer: torch.optim.Optimizer):
     """Put the optimizer state of a directory into place. A parameter without one begins at zero."""
-    parameters, stored = dict(model.named_parameters()), storage.read_tensors(path, "optimizer")
+    parameters, stored = dict(model.named_parameters()), model_files.read_tensors(path, "optimizer")
     for name, tensor in stored.items():
         key, part = name.split("|")
         tensor = tensor.to(parameters[key].device)
@@ -38,28 +50,24 @@ def load_optimizer(path: Path, model: GPT, optimizer: torch.optim.Optimizer):
         optimizer.state[parameters[key]][part] = tensor
 
 
-def to_resume(run_dir: Path, resume: bool | str) -> Path | None:
-    """The checkpoint that a run resumes from, None for a fresh start. `resume` is True, False or "auto".
+def to_resume(run_dir: Path, resume: bool | str) -> Path:
+    """The checkpoint that a run resumes from: the latest one. `resume` is True, False or "auto".
 
-    Raises UserError where a fresh start would overwrite a run, or where there is nothing to resume. Drops
-    later log lines and damaged later checkpoints, since the run writes them again.
+    Raises UserError where a fresh start would overwrite a run, or there is nothing to resume. Drops later
+    log lines and damaged later checkpoints, since the run writes them again.
     """
     found = storage.steps(run_dir)
     if found and not resume:
         raise UserError(f"{run_dir} holds checkpoints; add --resume to continue it, or change out_dir")
     newest = storage.latest(run_dir)
-    if newest is None and (found or resume is True):
+    if newest is None:
         remedy = "change out_dir" if found else "leave out --resume, or use --resume=auto"
         raise UserError(f"no usable checkpoint in {run_dir} ({len(found)} damaged); {remedy}")
-    log = run_dir / "metrics.jsonl"
-    if log.is_file() and newest is None:
-        log.replace(run_dir / "metrics-old.jsonl")  # its checkpoints were moved away, or never written
-    if log.is_file():
-        last = int(newest.name.removeprefix("step-"))
-        kept = [json.dumps(line) + "\n" for line in storage.read_log(log) if line["step"] <= last]
-        if "".join(kept) != log.read_text(encoding="utf-8", errors="replace"):
-            storage.write_text(log, "".join(kept))
-    for path in found[found.index(newest) + 1 :] if newest else ():
+    log, last = run_dir / "metrics.jsonl", int(newest.name.removeprefix("step-"))
+    kept = [json.dumps(line) + "\n" for line in read_log(log) if line["step"] <= last]
+    if log.is_file() and "".join(kept) != log.read_text(encoding="utf-8", errors="replace"):
+        storage.write_text(log, "".join(kept))
+    for path in found[found.index(newest) + 1 :]:
         aside = path.with_name(f"damaged-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
@@ -67,7 +75,7 @@ def to_resume(run_dir: Path, resume: bool | str) -> Path | None:
 
 
 def resume(path: Path, model: GPT, optimizer, scaler, settings: dict, override: list[str]) -> dict:
-    """Load a checkpoint into a run with these settings. Returns its state. UserError if a setting differs."""
+    """Load a checkpoint into a run with these settings. Returns its state. UserError if one differs."""
     state = read_state(path)
     then = {"optimizer": "adamw"} | state["settings"] | state.get("made_from", {})  # older ones name none
     shape = {field.name for field in fields(GPTConfig)} - {"dropout"}  # another shape is another model
@@ -85,7 +93,7 @@ def resume(path: Path, model: GPT, optimizer, scaler, settings: dict, override: 
     if state["step"] == settings["max_steps"]:  # finished
         return state
     with torch.no_grad():
-        saved = checkpoint.load_model(path, next(model.parameters()).dtype)
+        saved = pretrained.load_model(path, next(model.parameters()).dtype)
         for ours, theirs in zip(model.parameters(), saved.parameters(), strict=True):
             ours.copy_(theirs)
     if state["step"] and then["optimizer"] == settings["optimizer"]:  # else it starts afresh

@@ -12,16 +12,14 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from plumbing.configurator import UserError, say
 
-MASK_BUFFER = re.compile(r"\.attn\.(masked_)?bias$")  # the causal mask, in old GPT-2 files
 TOKENIZER_FILES = (  # what travels with the weights
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
@@ -71,59 +69,15 @@ def append_json(path: Path, value):
         say(f"warning: {path}: {error.strerror}; a line is lost")
 
 
-def read_log(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl, but for those that a kill or a full disk has torn."""
-    found = []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError):
-            value = json.loads(line)
-            found += [value] if isinstance(value, dict) and "step" in value else []
-    return found
-
-
 def read_json(path: Path) -> dict:
     """A JSON file that holds an object. Raises UserError if it does not, or cannot be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: found a {type(value).__name__}, expected a JSON object")
     return value
-
-
-# ---- tensors
-
-
-def tensor_files(directory: Path, stem: str = "model") -> list[Path]:
-    """The safetensors files of a directory: one, or the shards that its index lists. UserError."""
-    single = directory / f"{stem}.safetensors"
-    index = directory / f"{stem}.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise UserError(f"{single}: not found, and pickles such as *.bin are not loaded")
-    return sorted({directory / name for name in read_json(index)["weight_map"].values()})
-
-
-def read_tensors(directory: Path, stem: str = "model") -> dict:
-    """Name -> tensor, of all files, memory-mapped: a tensor takes memory only while it is used."""
-    found = {}
-    for path in tensor_files(directory, stem):
-        try:
-            with safe_open(path, framework="pt") as file:
-                found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-    return found
-
-
-def gpt2_key(name: str) -> str | None:
-    """The key that GPT2LMHeadModel gives a stored tensor. None for a mask: no parameter."""
-    if MASK_BUFFER.search(name):
-        return None
-    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
 
 
 def check_finite(path: Path, tensors: dict, exit_code: int = 2):
@@ -140,12 +94,18 @@ def copy_tokenizer(source: Path, directory: Path):
             shutil.copy(file, directory)
 
 
-def hashes(directory: Path) -> dict[str, str]:
-    """File name -> sha256 of a model's weights."""
-    return {path.name: sha256_of(path) for path in tensor_files(directory)}
-
-
 # ---- publish, verify, find
+
+
+def seal(files: list[Path]):
+    """Flush a directory's files to the disk, then write manifest.json: size and sha256 of each."""
+    directory = files[0].parent
+    for file in files:
+        file.chmod(directory.stat().st_mode & 0o666)  # the umask's; safetensors writes 0600
+        fsync(file)
+    entries = {file.name: [file.stat().st_size, sha256_of(file)] for file in files}
+    write_json(directory / "manifest.json", {"format": 1, "files": entries})
+    fsync(directory)
 
 
 @contextlib.contextmanager
@@ -159,13 +119,7 @@ def publish(path: str | Path):
     try:
         partial.mkdir(parents=True)
         yield partial
-        files = sorted(partial.iterdir())
-        for file in files:
-            file.chmod(partial.stat().st_mode & 0o666)  # the umask's; safetensors writes 0600
-            fsync(file)
-        entries = {file.name: [file.stat().st_size, sha256_of(file)] for file in files}
-        write_json(partial / "manifest.json", {"format": 1, "files": entries})
-        fsync(partial)
+        seal(sorted(partial.iterdir()))
         os.rename(partial, path)
         fsync(path.parent)
     except (OSError, SafetensorError, ValueError) as error:  # ValueError: NaN in a JSON file
@@ -176,14 +130,19 @@ def publish(path: str | Path):
         shutil.rmtree(partial, ignore_errors=True)  # already renamed if nothing failed
 
 
-def verify(path: Path):
-    """Raise UserError unless a published directory's files match its manifest, with no other weights."""
+def verify(path: Path, unread: tuple = ()) -> dict:
+    """The files of a sealed directory: name -> [size, sha256]. Raises UserError unless they match.
+
+    Weights that the manifest does not list are an error too. Names in `unread` match by size.
+    """
     listed = read_json(path / "manifest.json").get("files", {"manifest.json": None})
     listed |= {file.name: None for file in path.glob("model*.safetensors*") if file.name not in listed}
     for name, entry in listed.items():
         file = path / name
-        if not file.is_file() or [file.stat().st_size, sha256_of(file)] != entry:
-            raise UserError(f"{file}: sha256 mismatch, no file or not listed; the checkpoint is damaged")
+        trusted = entry[1] if name.endswith(unread) else ""
+        if not file.is_file() or [file.stat().st_size, trusted or sha256_of(file)] != entry:
+            raise UserError(f"{file}: sha256 mismatch, no file or not listed; {path} is damaged")
+    return listed
 
 
 def steps(run_dir: str | Path) -> list[Path]:
@@ -230,32 +189,6 @@ def lock(directory: str | Path):
     with held:
         for leftover in directory.glob(".tmp-step-*"):
             shutil.rmtree(leftover, ignore_errors=True)
+        if (log := directory / "metrics.jsonl").is_file() and not steps(directory):
+            log.replace(directory / "metrics-old.jsonl")  # of a run without checkpoints
         yield
-
-
-def resolve(name: str | Path, needed: str = "config.json") -> Path:
-    """The verified directory of a model: a checkpoint, a run's latest one or a name on the hub.
-
-    A directory without a manifest, as transformers writes it, is taken as it is. Raises UserError.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir() and not (path / needed).is_file():
-        path = latest(path) or path
-    if (path / "manifest.json").is_file():
-        verify(path)
-    if (path / needed).is_file():
-        return path
-    reason = "pickles are not loaded"
-    if not path.exists() and not Path(path.parts[0]).exists():  # nor a path that is misspelt
-        import huggingface_hub  # imported here: local work never needs the hub
-
-        wanted = ["config.json", "*.py", *TOKENIZER_FILES]  # code is copied, never run
-        if needed == "config.json":
-            wanted += ["model*.safetensors", "model.safetensors.index.json"]
-        options = {"allow_patterns": wanted, "ignore_patterns": ["*/*"]}
-        try:
-            return Path(huggingface_hub.snapshot_download(str(name), **options))
-        except Exception as error:  # its own errors, OSErrors and those of its HTTP library
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            reason += "; a gated or private model needs its terms accepted and HF_TOKEN set"
-    raise UserError(f"{name} is no checkpoint, run directory or model on the hub ({reason})")

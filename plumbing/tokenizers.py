@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from plumbing import storage
+from plumbing import model_files, storage
 from plumbing.configurator import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -64,7 +64,7 @@ def tokenizer(name: str | Path):
     try:
         if name in KNOWN:
             return tiktoken.get_encoding(name)
-        return HuggingFaceTokenizer(str(name), storage.resolve(name, "tokenizer.json"))
+        return HuggingFaceTokenizer(str(name), model_files.resolve(name, "tokenizer.json"))
     except (UserError, OSError) as error:  # the errors of requests are OSErrors
         raise UserError(
             f"tokenizer {str(name)!r}: {error}; known: {', '.join(KNOWN)}, and models of the hub; "

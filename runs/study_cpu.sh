@@ -4,7 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
-[ -f data/study/meta.json ] || python prepare_data.py python --val_fraction=0.02 --out=data/study
+[ -f data/study/manifest.json ] || python prepare_data.py python --val_fraction=0.02 --out=data/study
 export OMP_NUM_THREADS=1
 python inheritune.py config/study_cpu.toml --seeds 2 3 --once &
 others=$!

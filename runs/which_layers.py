@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from ablation import spearman
-from plumbing import figures, storage
+from plumbing import figures, model_files, storage
 from report import val_losses
 
 
@@ -37,7 +37,7 @@ def rows(recipe_dir: Path, seed: str, others: list[Path]) -> list[dict]:
         lineage = storage.read_json(path / "lineage.json")
         layers, state = lineage.get("layers", [None]), storage.read_json(path / "trainer_state.json")
         smaller = None not in layers and len(layers) < len(measured)
-        whole = lineage["sha256"] == storage.hashes(reference) and lineage.get("parts") == "all"
+        whole = lineage["sha256"] == model_files.hashes(reference) and lineage.get("parts") == "all"
         same = state["step"] == max_steps and not state["settings"]["teacher"]
         if smaller and whole and same:
             found.append({

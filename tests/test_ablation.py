@@ -17,7 +17,7 @@ import ablation
 import analyze_attention
 from analyze_attention import MEASURES
 from inherit import inherit
-from plumbing import checkpoint, figures, storage
+from plumbing import checkpoint, figures, pretrained, storage
 from plumbing.configurator import UserError
 
 PROJECTION = r"(attn\.c_proj|o_proj|attention\.dense|attn\.out_proj)\.(weight|bias)$"  # of layer i: ".i."
@@ -73,13 +73,13 @@ def changed(model, change):
 
 
 def test_a_layer_left_out_is_the_layer_deleted_from_the_checkpoint(path, idx, tmp_path):
-    model = checkpoint.load_model(path, torch.float64)
+    model = pretrained.load_model(path, torch.float64)
     whole, result = by_hand(model, idx), measured(model, idx)
     assert result["ablation"]["loss"] == pytest.approx(whole.mean(), abs=1e-6)
     for layer, row in enumerate(result["layers"]):
         rest = [i for i in range(4) if i != layer]
         inherit(str(path), ",".join(map(str, rest)), tmp_path / f"without-{layer}")
-        without = checkpoint.load_model(tmp_path / f"without-{layer}", torch.float64)
+        without = pretrained.load_model(tmp_path / f"without-{layer}", torch.float64)
         assert without.config.n_layer == 3
         differences = by_hand(without, idx) - whole  # paired by window
         assert row["cost"] == pytest.approx(differences.mean(), abs=1e-6) != 0
@@ -87,7 +87,7 @@ def test_a_layer_left_out_is_the_layer_deleted_from_the_checkpoint(path, idx, tm
 
 
 def test_a_silenced_head_is_its_part_of_the_output_projection_at_zero(path, idx):
-    model = checkpoint.load_model(path, torch.float64)
+    model = pretrained.load_model(path, torch.float64)
     whole, result, H = by_hand(model, idx), measured(model, idx), model.config.n_head
     size = 32 // H
     for layer, costs in enumerate(result["heads"]["cost"]):
@@ -147,7 +147,7 @@ def layer_outputs(model, idx: torch.Tensor):
 
 @torch.no_grad()
 def test_the_norms_are_those_of_a_head_s_part_and_of_its_group_s_first_value(path, idx):
-    model = checkpoint.load_model(path, torch.float64)
+    model = pretrained.load_model(path, torch.float64)
     heads = measured(model, idx)["heads"]
     for layer, (v, A, weight) in enumerate(layer_outputs(model, idx[:, :-1])):
         H = A.shape[1]
@@ -163,7 +163,7 @@ def hooks_of(model) -> int:
 
 
 def test_no_hook_stays_also_after_an_error(path, idx, monkeypatch):
-    model = checkpoint.load_model(path)
+    model = pretrained.load_model(path)
     before, calls, losses = by_hand(model, idx), [], ablation.losses
     measured(model, idx)
     assert (by_hand(model, idx) == before).all() and hooks_of(model) == 0
@@ -203,7 +203,7 @@ def test_spearman_s_rho_and_p_have_known_values():
 
 
 def test_a_layer_is_cheap_below_the_limit_and_k_by_cost_leaves_the_cheap_ones_at_the_end_out(path, idx):
-    model = checkpoint.load_model(path)
+    model = pretrained.load_model(path)
     costs = [row["cost"] for row in measured(model, idx)["layers"]]
     for limit in (min(costs), sorted(costs)[2], max(costs) + 1):
         rows = measured(model, idx, limit)["layers"]
@@ -265,5 +265,5 @@ def test_a_family_whose_parts_have_other_names_is_one_line(path, data_dir, tmp_p
     assert "layers [0, 1, 2, 3]" in error and error.count("\n") == 1
     with pytest.raises(UserError, match="expected a list of 4 blocks"):
         model = torch.nn.Linear(1, 1)
-        model.config = checkpoint.read_config(path)
+        model.config = pretrained.read_config(path)
         ablation.parts(model, [0])

@@ -2,9 +2,9 @@
 
 import csv
 import errno
-import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from test_decoders import save
 import analyze_attention
 import prepare_data
 from analyze_attention import MEASURES, AnalyzeConfig, Measure, analyze, k_star, m_star, sink, stored, track
-from plumbing import checkpoint, figures
+from plumbing import checkpoint, figures, pretrained, storage
 from plumbing.configurator import UserError
 
 # ---- The definitions, word for word and independent of the project's code
@@ -63,18 +63,13 @@ def corpus(tmp_path_factory, documents) -> Path:
     """A data directory over bytes, as prepare_data.py leaves it."""
     folder = tmp_path_factory.mktemp("corpus")
     ascii_only = [text.encode("ascii", "ignore").decode() for text in documents]
-    meta = {"format": 1, "tokenizer": "bytes", "vocab_size": 257, "eot": 256, "dtype": "<u2", "splits": {}}
+    meta = {"tokenizer": "bytes", "vocab_size": 257, "eot": 256, "dtype": "<u2", "splits": {}}
     for split, texts in (("train", ascii_only[12:]), ("val", ascii_only[:12])):
         tokens = np.array([token for text in texts for token in (*text.encode(), 256)], dtype="<u2")
         tokens.tofile(folder / f"{split}.bin")
-        sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
-        meta["splits"][split] = {
-            "tokens": len(tokens),
-            "documents": len(texts),
-            "max_id": 256,
-            "sha256": sha256,
-        }
+        meta["splits"][split] = {"tokens": len(tokens), "documents": len(texts), "max_id": 256}
     (folder / "meta.json").write_text(json.dumps(meta))
+    storage.seal(sorted(folder.iterdir()))
     return folder
 
 
@@ -220,7 +215,7 @@ def test_a_new_measure_is_one_entry(gpt, corpus, tmp_path, capsys, monkeypatch):
         lines = list(csv.DictReader(file))
     assert len(lines) == 2 * 4 and float(lines[2]["avg_entropy"]) == result["layers"][2]["avg_entropy"] > 0
     values = np.fromfile(corpus / "val.bin", dtype="<u2")
-    tracked = track(checkpoint.load_model(gpt), values, [])
+    tracked = track(pretrained.load_model(gpt), values, [])
     assert len(tracked["Entropy"]) == 4
     figures.plot_collapse([tracked | {"step": 0}, tracked | {"step": 5}], tmp_path / "collapse.png")
 
@@ -280,7 +275,7 @@ def test_two_models_and_the_control_are_analyzed_side_by_side(gpt, corpus, tmp_p
 
 
 def test_the_heads_that_are_drawn_are_those_asked_for_or_the_extremes(gpt, corpus):
-    model = checkpoint.load_model(gpt)
+    model = pretrained.load_model(gpt)
     idx = analyze_attention.random_windows(np.fromfile(corpus / "val.bin", dtype="<u2"), 50, 4, 0, [])
     values = analyze_attention.measure(model, idx, MEASURES, 3)
     matrices = list(model.attention_matrices(idx[:1]))
@@ -303,13 +298,9 @@ def test_a_stored_analysis_is_reused_only_for_the_same_weights_data_and_settings
     for change in ({"sequences": 3}, {"seq_len": 50}, {"tau": "0.8"}, {"seed": 1}, {"groups": "0:2"},
                    {"heads": "0.0"}, {"compare": str(gpt)}):  # fmt: skip
         assert not same(**change)
-    meta = json.loads((corpus / "meta.json").read_text())
-    meta["splits"]["val"]["sha256"] = "0" * 64
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    for split in ("train", "val"):
-        (elsewhere / f"{split}.bin").symlink_to(corpus / f"{split}.bin")
-    (elsewhere / "meta.json").write_text(json.dumps(meta))
+    elsewhere = shutil.copytree(corpus, tmp_path / "elsewhere")
+    (elsewhere / "val.bin").write_bytes(bytes(2) + (elsewhere / "val.bin").read_bytes()[2:])
+    storage.seal([*sorted(elsewhere.glob("[!m]*")), elsewhere / "meta.json"])
     assert not same(folder=elsewhere)
     (tmp_path / "a/attention.json").write_text("{")  # damaged: measured again
     assert not same()
@@ -360,7 +351,7 @@ def test_a_hybrid_s_layers_without_attention_are_neither_measured_nor_lazy(docum
 def test_tracking_puts_the_beginning_of_text_in_front_of_every_window_too(documents, tmp_path):
     path, corpus = save_with_corpus(tmp_path, "Gemma3Text", documents, bos=True)
     begin = json.loads((corpus / "meta.json").read_text())["begin"]
-    tracked = track(checkpoint.load_model(path), np.fromfile(corpus / "val.bin", dtype="<u2"), begin)
+    tracked = track(pretrained.load_model(path), np.fromfile(corpus / "val.bin", dtype="<u2"), begin)
     found = analyze(config(path, corpus, tmp_path / "a", sequences=8))
     assert begin and tracked["MaxRank"] == pytest.approx([row["max_rank"] for row in found["layers"]], rel=1e-4)
 
@@ -368,7 +359,7 @@ def test_tracking_puts_the_beginning_of_text_in_front_of_every_window_too(docume
 def test_tracking_finds_what_the_analysis_finds_and_leaves_model_and_random_state_alone(
     gpt, corpus, tmp_path
 ):
-    model, val = checkpoint.load_model(gpt).train(), np.fromfile(corpus / "val.bin", dtype="<u2")
+    model, val = pretrained.load_model(gpt).train(), np.fromfile(corpus / "val.bin", dtype="<u2")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
     tracked = track(model, val, [])
@@ -399,7 +390,7 @@ def test_every_figure_of_the_report_is_drawn(gpt, corpus, tmp_path):
     result = analyze(config(gpt, corpus, tmp_path / "a", sequences=2))
     figures.plot_attention(result, tmp_path / "rank.png")
     lines = [
-        track(checkpoint.load_model(gpt), np.fromfile(corpus / "val.bin", dtype="<u2"), []) | {"step": s}
+        track(pretrained.load_model(gpt), np.fromfile(corpus / "val.bin", dtype="<u2"), []) | {"step": s}
         for s in (0, 10, 20)
     ]
     figures.plot_collapse(lines, tmp_path / "collapse.png")

@@ -16,7 +16,7 @@ import baselines
 import inheritune
 import train
 from model import GPT
-from plumbing import checkpoint, resume, storage
+from plumbing import checkpoint, model_files, pretrained, resume, storage
 from plumbing.configurator import UserError
 
 SIZES = [(24, 16), (24, 12), (12, 6), (12, 7), (8, 4), (8, 8), (6, 5), (5, 3), (4, 2), (4, 1), (2, 1)]
@@ -244,7 +244,7 @@ def test_a_baseline_begins_with_the_tensors_of_its_definition(finished, run):
     step = 2 if "wsd" in run else 4  # WSD: before the decay
     theirs = load_file(finished / source / f"step-{step:08d}/model.safetensors")
     torch.manual_seed(TINY.get("seed", 1337))
-    drawn = checkpoint.hf_tensors(GPT(checkpoint.read_config(finished / run / "init")))
+    drawn = checkpoint.hf_tensors(GPT(pretrained.read_config(finished / run / "init")))
     assert lineage["layers"] == layers
     assert {int(key.split(".")[2]) for key in ours if ".h." in key} == {*range(len(layers))}
     for key, tensor in ours.items():
@@ -291,13 +291,13 @@ def test_distillation_ends_at_a_tenth_of_its_rate(finished):
 @pytest.mark.parametrize("run,layers", [("random-4", 4), ("half-of-the-target-4", 2), ("reference-wsd-4", 6)])
 def test_a_baseline_without_layers_begins_at_random(finished, run, layers):
     path = storage.latest(finished / run)
-    assert checkpoint.read_config(path).n_layer == layers and not (finished / run / "init").exists()
+    assert pretrained.read_config(path).n_layer == layers and not (finished / run / "init").exists()
     assert resume.read_state(path)["made_from"]["init_from"] == "scratch"
 
 
 def test_inherited_before_the_decay_it_goes_on_at_the_rate_of_its_source(finished):
     lineage = storage.read_json(finished / "inherited-wsd-4/init/lineage.json")
-    assert lineage["sha256"] == storage.hashes(finished / "reference-wsd-4/step-00000002")
+    assert lineage["sha256"] == model_files.hashes(finished / "reference-wsd-4/step-00000002")
     settings = resume.read_state(storage.latest(finished / "inherited-wsd-4"))["settings"]
     assert settings["warmup_steps"] == 0 and settings["schedule"] == "wsd"
 
@@ -305,7 +305,7 @@ def test_inherited_before_the_decay_it_goes_on_at_the_rate_of_its_source(finishe
 def test_a_distilled_baseline_has_the_reference_as_its_teacher(finished):
     for run in ("distilled-random-4", "distilled-every-other-layer-4", "distilled-inherited-4"):
         teacher = resume.read_state(storage.latest(finished / run))["made_from"]["teacher"]
-        assert teacher["sha256"] == storage.hashes(storage.latest(finished / "reference")), run
+        assert teacher["sha256"] == model_files.hashes(storage.latest(finished / "reference")), run
     assert resume.read_state(storage.latest(finished / "random-4"))["made_from"]["teacher"] == "scratch"
 
 

@@ -116,7 +116,7 @@ def test_the_ratio_is_to_the_better_of_a_pair_of_peers(capsys):
     [
         (["--against=nowhere"], "nowhere/model.py does not exist"),
         (["--n_head=3"], "n_embd 32 is not divisible by n_head 3"),
-        (["--micro_batch=16"], "--micro_batch=8 divides it"),
+        (["--micro_batch=16"], "choose a micro_batch that divides 8"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(capsys, wrong, words):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from plumbing import checkpoint, resume, storage
+from plumbing import checkpoint, model_files, pretrained, resume, storage
 from plumbing.configurator import UserError
 
 
@@ -47,7 +47,7 @@ def test_save_load_and_transformers_roundtrip_are_bit_equal(tmp_path, bias):
     assert (theirs(torch.arange(16)[None]).logits - model(torch.arange(16)[None])).abs().max() < 1e-4
     theirs.save_pretrained(tmp_path / "theirs")
     for path in (tmp_path / "ours", tmp_path / "theirs"):
-        loaded = checkpoint.load_model(path)
+        loaded = pretrained.load_model(path)
         assert equal(loaded, model) and loaded.config == model.config
 
 
@@ -56,23 +56,23 @@ def test_keys_without_prefix_and_with_mask_buffers_load_as_openai_stores_them(sa
     masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 16, 16) for i in range(3)}
     masks |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
     change_tensors(path, lambda tensors: {k.removeprefix("transformer."): v for k, v in tensors.items()} | masks)
-    assert equal(checkpoint.load_model(path), model)
+    assert equal(pretrained.load_model(path), model)
 
 
 def test_a_head_of_its_own_loads_if_it_equals_the_embedding_and_not_otherwise(saved):
     path, model = saved
     change_tensors(path, lambda t: t | {"lm_head.weight": t["transformer.wte.weight"].clone()})
-    assert equal(checkpoint.load_model(path), model)
+    assert equal(pretrained.load_model(path), model)
     change_tensors(path, lambda t: t | {"lm_head.weight": t["transformer.wte.weight"] + 1})
     with pytest.raises(UserError, match=r"lm_head.weight differs"):
-        checkpoint.load_model(path)
+        pretrained.load_model(path)
 
 
 def test_sharded_files_load(saved):
     path, model = saved
     AutoModelForCausalLM.from_pretrained(path).save_pretrained(path.parent / "shards", max_shard_size="20KB")
     assert len(list((path.parent / "shards").glob("*.safetensors"))) > 1
-    assert equal(checkpoint.load_model(path.parent / "shards"), model)
+    assert equal(pretrained.load_model(path.parent / "shards"), model)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_every_tensor_must_be_there_once_in_its_shape(saved, change, words):
     path, _ = saved
     change_tensors(path, lambda tensors: change(tensors) and None)
     with pytest.raises(UserError, match=words):
-        checkpoint.load_model(path)
+        pretrained.load_model(path)
 
 
 @pytest.mark.parametrize("key,value", [("n_inner", 100), ("n_head", 5), ("n_positions", 9)])
@@ -96,7 +96,7 @@ def test_a_config_that_the_tensors_do_not_fit_is_refused(saved, key, value):
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(UserError):
-        checkpoint.load_model(path)
+        pretrained.load_model(path)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_gpt2_that_model_py_would_compute_differently_is_computed_by_transform
     (path / "config.json").write_text(json.dumps(config | {key: value}))
     idx = torch.randint(65, (2, 16))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()(idx).logits
-    torch.testing.assert_close(checkpoint.load_model(path)(idx), theirs)
+    torch.testing.assert_close(pretrained.load_model(path)(idx), theirs)
     assert (theirs - model.float()(idx)).abs().max() > 1e-4
 
 
@@ -118,7 +118,7 @@ def test_a_model_whose_biases_are_no_longer_zero_loads_as_one_with_biases(saved)
     path, model = saved
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"bias": False}))
-    assert equal(checkpoint.load_model(path), model)
+    assert equal(pretrained.load_model(path), model)
 
 
 @pytest.mark.parametrize("wrong", [{"bias": "false"}, {"n_layer": 3.0}, {"n_layer": "3"}])
@@ -127,13 +127,13 @@ def test_values_of_config_json_have_to_be_of_their_types(saved, wrong):
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | wrong))
     with pytest.raises(UserError, match=f"{next(iter(wrong))} is .*, expected"):
-        checkpoint.load_model(path)
+        pretrained.load_model(path)
 
 
 def test_a_stray_index_beside_the_weights_is_not_read(saved):
     path, model = saved
     (path / "model.safetensors.index.json").write_text('{"weight_map": {"transformer.wte.weight": "other"}}')
-    assert equal(checkpoint.load_model(path), model)
+    assert equal(pretrained.load_model(path), model)
 
 
 def test_pickles_are_never_opened(saved):
@@ -141,7 +141,7 @@ def test_pickles_are_never_opened(saved):
     (path / "model.safetensors").unlink()
     torch.save({}, path / "pytorch_model.bin")
     with pytest.raises(UserError, match="pickles such as"):
-        checkpoint.load_model(path)
+        pretrained.load_model(path)
 
 
 @pytest.mark.parametrize(
@@ -158,13 +158,13 @@ def test_a_foreign_directory_that_is_not_right_is_one_line(saved, file, content,
     if "index" in file:
         (path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=words):
-        checkpoint.load_model(path)
+        pretrained.load_model(path)
 
 
 @pytest.mark.parametrize("name,words", [("no/where/at/all", "is no checkpoint"), ("no-such-model", "is no checkpoint"), ("tests/modle", "is no checkpoint")])
 def test_a_name_that_is_nothing_is_one_line(name, words):
     with pytest.raises(UserError, match=words):
-        storage.resolve(name)
+        model_files.resolve(name)
 
 
 def test_a_value_that_is_not_finite_is_not_saved(tmp_path):
@@ -191,7 +191,7 @@ def test_weights_that_the_manifest_does_not_list_are_not_read(tmp_path):
     checkpoint.save(tmp_path / "a", random_model(), "bytes", 0)
     (tmp_path / "a/model.safetensors.index.json").write_text('{"weight_map": {"x": "elsewhere"}}')
     with pytest.raises(UserError, match="model.safetensors.index.json: .* not listed"):
-        checkpoint.load_model(tmp_path / "a")
+        pretrained.load_model(tmp_path / "a")
 
 
 def test_a_gpt2_with_a_vocabulary_of_its_own_is_not_taken_for_openai_s(saved, data_dir):
@@ -201,7 +201,7 @@ def test_a_gpt2_with_a_vocabulary_of_its_own_is_not_taken_for_openai_s(saved, da
     (path / "config.json").write_text(json.dumps(config))
     (path / "vocab.json").write_text('{"der": 0, "die": 1}')
     with pytest.raises(UserError, match=f"{path} reads tokens of '{path}', the data in .* those of 'gpt2'"):
-        checkpoint.check_tokenizer(path, {"tokenizer": "gpt2", "directory": str(data_dir)})
+        pretrained.check_tokenizer(path, {"tokenizer": "gpt2", "directory": str(data_dir)})
 
 
 def test_llama_cpp_finds_the_length_that_it_reads(saved):
@@ -217,10 +217,10 @@ def test_the_hub_is_asked_for_what_is_needed_and_not_for_a_misspelt_path(monkeyp
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(UserError, match=r"OSError: gated; a gated or private model .* HF_TOKEN"):
-        storage.resolve("nobody/nothing")
+        model_files.resolve("nobody/nothing")
     for misspelt in ("tests/modle", str(ROOT / "out/tow")):
         with pytest.raises(UserError, match="is no checkpoint"):
-            storage.resolve(misspelt)
+            model_files.resolve(misspelt)
     [(name, options)] = asked
     wanted = ["config.json", "tokenizer.json", "model-00001-of-00002.safetensors", "chat_template.jinja", "own.py"]
     found = [any(fnmatch.fnmatch(file, each) for each in options["allow_patterns"]) for file in wanted]

@@ -75,7 +75,7 @@ def flip(path, position=1000):
 def damage(tmp_path, data_dir, change) -> object:
     copy = tmp_path / "copy"
     copy.mkdir()
-    for name in ("train.bin", "val.bin", "meta.json"):
+    for name in ("train.bin", "val.bin", "meta.json", "manifest.json"):
         (copy / name).write_bytes((data_dir / name).read_bytes())
     change(copy)
     return copy
@@ -93,16 +93,13 @@ EDITS = [('"<u2"', '"<f2"'), ('"<u2"', '"<i2"'), ('"max_id": ', '"max_id": -'), 
 @pytest.mark.parametrize(
     "change,words",
     [
-        (lambda d: (d / "meta.json").unlink(), "no meta.json"),
+        (lambda d: (d / "meta.json").unlink(), "meta.json: .*no file"),
         (lambda d: (d / "meta.json").write_text("{"), "meta.json: "),
-        (lambda d: (d / "val.bin").unlink(), "found no file"),
-        (lambda d: (d / "train.bin").write_bytes((d / "train.bin").read_bytes()[:-1]), "expected"),
-        (lambda d: (d / "train.bin").write_bytes((d / "train.bin").read_bytes() + b"ab"), "expected"),
-        (
-            lambda d: (d / "meta.json").write_text((d / "meta.json").read_text().replace('"format": 1', '"format": 9')),
-            "no meta.json of format 1",
-        ),
-        (lambda d: (d / "meta.json").write_text("[]"), "expected a JSON object"),
+        (lambda d: (d / "manifest.json").unlink(), "manifest.json: No such file.*prepare it with"),
+        (lambda d: (d / "manifest.json").write_text("[]"), "expected a JSON object"),
+        (lambda d: (d / "val.bin").unlink(), "val.bin: .*no file"),
+        (lambda d: (d / "train.bin").write_bytes((d / "train.bin").read_bytes()[:-1]), "train.bin: sha256 mismatch"),
+        (lambda d: (d / "train.bin").write_bytes((d / "train.bin").read_bytes() + b"ab"), "train.bin: sha256 mismatch"),
         (lambda d: flip(d / "train.bin"), "train.bin: sha256 mismatch"),
         (lambda d: flip(d / "val.bin"), "val.bin: sha256 mismatch"),
         *((lambda d, a=a, b=b: replace(d / "meta.json", a, b), "meta.json: sha256 mismatch") for a, b in EDITS),
@@ -110,7 +107,7 @@ EDITS = [('"<u2"', '"<f2"'), ('"<u2"', '"<i2"'), ('"max_id": ', '"max_id": -'), 
 )
 def test_a_damaged_data_directory_is_refused(tmp_path, data_dir, change, words):
     with pytest.raises(UserError, match=words):
-        data.verify(damage(tmp_path, data_dir, change))
+        data.read_meta(damage(tmp_path, data_dir, change), unread=())
 
 
 def test_tokens_that_do_not_fit_the_model_are_refused(data_dir):

@@ -13,7 +13,7 @@ from conftest import random_model
 from safetensors.torch import load_file, save_file
 
 import analyze_attention
-from plumbing import checkpoint, decoders
+from plumbing import decoders, pretrained
 from plumbing.configurator import UserError
 
 SHAPE = {
@@ -136,7 +136,7 @@ def test_text_of_a_different_tokenizer_is_refused_with_the_command_that_prepares
 
 
 def test_an_untrained_model_has_the_shape_but_not_the_weights(llama):
-    trained, fresh = checkpoint.load_model(llama).stored_tensors(), checkpoint.load_model(llama, fresh=True).stored_tensors()
+    trained, fresh = pretrained.load_model(llama).stored_tensors(), pretrained.load_model(llama, fresh=True).stored_tensors()
     key = "model.layers.1.self_attn.k_proj.weight"
     assert trained.keys() == fresh.keys() and not torch.equal(trained[key], fresh[key])
     assert trained[key].shape == fresh[key].shape and trained[key].dtype == torch.float32
@@ -165,18 +165,18 @@ def test_code_that_comes_with_a_model_is_not_run(llama, tmp_path, monkeypatch, c
         (folder / "config.json").write_text(json.dumps(table))
         monkeypatch.setattr("builtins.input", lambda *_: "y")
         if model_type == "llama":
-            checkpoint.load_model(folder)
+            pretrained.load_model(folder)
             assert "the code that comes with it (auto_map) is not run" in capsys.readouterr().out
         else:
             with pytest.raises(UserError, match="trust_remote_code|custom code"):
-                checkpoint.load_model(folder)
+                pretrained.load_model(folder)
     assert not (tmp_path / "ran").exists()
 
 
 def test_what_is_wrong_with_a_model_of_another_family_is_one_line(llama, tmp_path, monkeypatch):
     def error(folder) -> str:
         with pytest.raises(UserError) as caught:
-            checkpoint.load_model(folder)
+            pretrained.load_model(folder)
         assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
         return str(caught.value)
 

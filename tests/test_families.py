@@ -16,7 +16,7 @@ import inherit
 import inheritune
 import sample
 import train
-from plumbing import checkpoint, storage
+from plumbing import checkpoint, pretrained, storage
 from plumbing.configurator import UserError
 
 transformers = pytest.importorskip("transformers")
@@ -70,7 +70,7 @@ def val_losses(run_dir) -> list[float]:
 
 
 def test_loss_and_gradients_are_transformers_own(family):
-    ours = checkpoint.load_model(family, torch.float64)
+    ours = pretrained.load_model(family, torch.float64)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(family, dtype=torch.float64)
     x, y = torch.randint(257, (2, 2, 32))
     ours(x, y).backward()
@@ -94,7 +94,7 @@ def test_training_lowers_the_loss_resumes_to_the_same_bits_and_opens_in_transfor
         assert (resumed / name).read_bytes() == (straight / name).read_bytes()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(straight)
     idx = torch.randint(257, (2, 32))
-    torch.testing.assert_close(checkpoint.load_model(straight)(idx), theirs.eval()(idx).logits, rtol=0, atol=0)
+    torch.testing.assert_close(pretrained.load_model(straight)(idx), theirs.eval()(idx).logits, rtol=0, atol=0)
     assert transformers.AutoTokenizer.from_pretrained(straight).encode("def") == list(b"def")
 
 
@@ -126,7 +126,7 @@ def test_a_trained_model_is_the_reference_of_a_recipe_that_is_killed_and_resumed
     assert [each["name"] for each in recipe["models"]] == ["reference", "inherited, 4 layers", "random", "lazy layers"]
     row = next(line for line in text.splitlines() if line.startswith("| inherited"))
     assert row.split("|")[5].strip() == row.split("|")[6].strip() == "?"  # what the reference cost is unknown
-    random = checkpoint.load_model(storage.latest(out_dir / "random-4"))
+    random = pretrained.load_model(storage.latest(out_dir / "random-4"))
     assert random.config.n_layer == 4 and random.config.vocab_size == 257 and random.config.block_size == 32
     assert random.config.bias  # as the reference has them
     assert transformers.AutoModelForCausalLM.from_pretrained(storage.latest(out_dir / "lazy-layers-4"))
@@ -134,7 +134,7 @@ def test_a_trained_model_is_the_reference_of_a_recipe_that_is_killed_and_resumed
 
 def test_a_shorter_context_is_the_first_positions_and_a_longer_one_is_refused(hub_gpt2):
     stored = load_file(hub_gpt2 / "model.safetensors")["transformer.wpe.weight"].float()
-    cropped = checkpoint.load_model(hub_gpt2, options={"block_size": 16})
+    cropped = pretrained.load_model(hub_gpt2, options={"block_size": 16})
     assert cropped.config.block_size == 16 and torch.equal(cropped.transformer.wpe.weight, stored[:16])
     meta = {"tokenizer": "bytes", "directory": str(hub_gpt2)}
     with pytest.raises(UserError, match="block_size: checkpoint 64, settings 128"):
@@ -175,9 +175,9 @@ def test_ranks_are_tracked_and_gradient_checkpointing_changes_no_weight(llama, d
 
 def test_flops_count_each_weight_of_a_matrix_product_and_attention(llama):
     products = 4 * (4 * 32 * 32 + 3 * 32 * 48) + 257 * 32  # layers, and the head
-    config = checkpoint.load_model(llama).config
+    config = pretrained.load_model(llama).config
     assert config.flops_per_token() == 6 * products + 12 * 4 * 32 * 64  # 64 positions
-    assert config.num_params() == products + 257 * 32 + 9 * 32 == checkpoint.read_config(llama).num_params()
+    assert config.num_params() == products + 257 * 32 + 9 * 32 == pretrained.read_config(llama).num_params()
 
 
 @pytest.mark.parametrize("name", ["half width", "attention and its norm"])

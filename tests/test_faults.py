@@ -334,7 +334,7 @@ def proxy_that_answers(answer: bytes):
 )
 @pytest.mark.parametrize("what", ["model", "corpus"])
 def test_a_proxy_without_a_way_to_the_hub_is_one_line(answer, what, tmp_path):
-    code = "from plumbing import configurator, storage; configurator.run(lambda: storage.resolve('nobody/nothing'))"
+    code = "from plumbing import configurator, model_files; configurator.run(lambda: model_files.resolve('nobody/nothing'))"
     command = {"model": ["-c", code], "corpus": ["prepare_data.py", "fineweb-edu", "--tokenizer=bytes", f"--out={tmp_path}/out"]}
     with proxy_that_answers(answer) as (port, asked):
         environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HOME": str(tmp_path)}
@@ -350,7 +350,7 @@ def test_a_tokenizer_that_cannot_be_reached_names_the_remedy(data_dir, tmp_path)
     command = [sys.executable, str(ROOT / "prepare_data.py"), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "TIKTOKEN_CACHE_DIR" in done.stderr and done.stderr.count("\n") == 1
-    assert not (tmp_path / "out" / "meta.json").exists()
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_a_pickle_is_refused_and_its_code_does_not_run(data_dir, tmp_path, capsys):

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import inherit
-from plumbing import checkpoint, storage
+from plumbing import checkpoint, model_files, pretrained, storage
 from plumbing.configurator import UserError
 
 
@@ -37,7 +37,7 @@ def weights(path):
 def fresh_tensors(path, seed):
     """What a new model of this checkpoint's shape begins with."""
     torch.manual_seed(seed)
-    return checkpoint.hf_tensors(checkpoint.GPT(checkpoint.read_config(path)))
+    return checkpoint.hf_tensors(checkpoint.GPT(pretrained.read_config(path)))
 
 
 def layer_of(key):
@@ -167,7 +167,7 @@ def test_kept_blocks_and_everything_outside_the_blocks_are_bit_equal(source, tmp
         for part in blocks:
             assert torch.equal(ours[f"transformer.h.{i}.{part}"], theirs[f"transformer.h.{layer}.{part}"])
     assert len(ours) == len(outside) + len(chosen) * len(blocks)
-    assert checkpoint.load_model(out).config.n_layer == len(chosen)
+    assert pretrained.load_model(out).config.n_layer == len(chosen)
     lineage = storage.read_json(out / "lineage.json")
     assert lineage["layers"] == chosen and lineage["tensors"].keys() == ours.keys()
     assert lineage["sha256"] == {"model.safetensors": storage.sha256_of(source / "model.safetensors")}
@@ -175,9 +175,9 @@ def test_kept_blocks_and_everything_outside_the_blocks_are_bit_equal(source, tmp
 
 
 def test_the_first_layers_compute_what_they_computed_in_the_reference(source, tmp_path):
-    half = checkpoint.load_model(inherit.inherit(source, "0:2", tmp_path / "half"))
+    half = pretrained.load_model(inherit.inherit(source, "0:2", tmp_path / "half"))
     idx = torch.arange(16)[None]
-    theirs = list(checkpoint.load_model(source).attention_matrices(idx))
+    theirs = list(pretrained.load_model(source).attention_matrices(idx))
     assert all(torch.equal(a, b) for a, b in zip(half.attention_matrices(idx), theirs, strict=False))
 
 
@@ -221,7 +221,7 @@ def test_layers_of_a_second_checkpoint_go_on_top(source, tmp_path):
     other = tmp_path / "other"
     out = inherit.inherit(other, "0:2", tmp_path / "out", top=source, top_layers="2:4,0")
     ours, theirs, tops = weights(out), weights(other), weights(source)
-    assert checkpoint.read_config(out).n_layer == 5
+    assert pretrained.read_config(out).n_layer == 5
     for key, tensor in ours.items():
         layer = layer_of(key)
         moved = {2: 2, 3: 3, 4: 0}.get(layer)
@@ -235,7 +235,7 @@ def test_layers_of_a_second_checkpoint_go_on_top(source, tmp_path):
         7,
         4,
     ]  # those of the second checkpoint count from 4, the first one's end
-    assert lineage["sha256"] == storage.hashes(other) and lineage["top_sha256"] == storage.hashes(source)
+    assert lineage["sha256"] == model_files.hashes(other) and lineage["top_sha256"] == model_files.hashes(source)
     assert lineage["tensors"]["transformer.h.4.ln_1.weight"] == "transformer.h.4.ln_1.weight"
 
 
@@ -295,7 +295,7 @@ def test_a_file_of_the_hub_goes_with_one_of_ours_on_top_or_below(source, tmp_pat
     (hub / "config.json").write_text(json.dumps(theirs | {"layer_norm_epsilon": 1e-5}))
     for below, top in ((hub, source), (source, hub)):
         out = inherit.inherit(below, "0:2", tmp_path / f"under-{top.name}", top=top, top_layers="2:4")
-        assert checkpoint.read_config(out).n_layer == 4
+        assert pretrained.read_config(out).n_layer == 4
     scaled = random_model(scale_attn_by_inverse_layer_idx=True, dtype=torch.float32)
     checkpoint.save(tmp_path / "scaled", scaled, "bytes", 0)
     with pytest.raises(UserError, match="different layers: scale_attn"):
@@ -503,7 +503,7 @@ def test_half_width_computes_what_the_whole_does_whose_other_half_is_zero(tmp_pa
     source = random_model(n_head=4, dtype=torch.float64)
     C, full = source.config.n_embd, source.transformer.h[1]
     checkpoint.save(tmp_path / "source", source, "bytes", 0)
-    half = checkpoint.load_model(inherit.inherit(tmp_path / "source", ":", tmp_path / "half", width=0.5), torch.float64)
+    half = pretrained.load_model(inherit.inherit(tmp_path / "source", ":", tmp_path / "half", width=0.5), torch.float64)
     assert (half.config.n_embd, half.config.n_head) == (C // 2, 2)
     x = torch.randn(2, 16, C // 2, dtype=torch.float64)
     whole = torch.cat([x, torch.zeros_like(x)], -1)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import baselines
 import inheritune
 from baselines import Plan
-from plumbing import checkpoint, resume, storage
+from plumbing import checkpoint, pretrained, resume, storage
 from plumbing.configurator import UserError
 
 RECIPE = TINY | {"n_layer": 4, "start_layers": 1, "expand_by": 1, "sequences": 3}
@@ -25,7 +25,7 @@ def recipe_options(tmp_path, data_dir, **changes):
 def read_recipe(out_dir):
     """[(role, layers)] of every model that the recipe compares."""
     models = storage.read_json(out_dir / "recipe.json")["models"]
-    return [(model["role"], checkpoint.read_config(out_dir / model["paths"][0]).n_layer) for model in models]
+    return [(model["role"], pretrained.read_config(out_dir / model["paths"][0]).n_layer) for model in models]
 
 
 def tensors(path):
@@ -67,7 +67,7 @@ def test_rounds_are_added_until_one_matches_and_baselines_have_its_size(
     by_layers = {1: (0.3, 0.1), 2: (0.2, 0.3), 3: (-0.01, 0.1)}
 
     def difference(paths, _):
-        return by_layers[checkpoint.read_config(paths[0]).n_layer]
+        return by_layers[pretrained.read_config(paths[0]).n_layer]
 
     monkeypatch.setattr(inheritune, "paired_difference", difference)
     assert call_script(inheritune, *recipe_options(tmp_path, data_dir, max_steps=4), *NAMES) == 0
@@ -314,7 +314,7 @@ def test_an_edited_setting_of_a_baseline_is_refused(finished, tmp_path, monkeypa
         (["--dropout=2"], "reference: "),
         (["--micro_batch=7"], "reference: tokens_per_step 256 is not divisible by micro_batch 7"),
         (["--warmup_steps=21"], "warmup_steps is 21"),
-        (["--data_dir=nowhere"], "nowhere: no meta.json"),
+        (["--data_dir=nowhere"], "nowhere/manifest.json: No such file or directory; prepare it with"),
         (["--device=cuda"], "device 'cuda' is not available"),
     ],
 )

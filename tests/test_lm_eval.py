@@ -16,7 +16,7 @@ from conftest import ROOT, TINY, random_model
 import data
 import train
 from model import GPT
-from plumbing import checkpoint, tokenizers
+from plumbing import checkpoint, pretrained, tokenizers
 
 pytest.importorskip("lm_eval", reason="needs lm_eval: pip install -r requirements-dev.txt")
 pytestmark = pytest.mark.slow
@@ -97,7 +97,7 @@ def test_a_trained_checkpoint_has_the_accuracy_and_likelihoods_that_our_logits_g
     checkpoint.save(tmp_path / "start", start, "bytes", 256)
     settings = TINY | {"n_layer": 3, "max_steps": 2, "lr": 1e-3, "init_from": str(tmp_path / "start")}
     path = train.train(train.TrainConfig(data_dir=str(data_dir), out_dir=str(tmp_path / "run"), **settings))
-    questions, encoding, model = write_task(tmp_path), tokenizers.tokenizer("bytes"), checkpoint.load_model(path)
+    questions, encoding, model = write_task(tmp_path), tokenizers.tokenizer("bytes"), pretrained.load_model(path)
     ours = our_log_likelihoods(model, encoding, questions)
     found_accuracy, found = lm_eval(path, tmp_path)
     torch.testing.assert_close(found, ours, rtol=0, atol=1e-4)

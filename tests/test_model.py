@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from model import GPT, GPTConfig, gelu
-from plumbing import checkpoint
+from plumbing import checkpoint, pretrained
 
 VARIANTS = [(bias, scale) for bias in (False, True) for scale in (False, True)]
 
@@ -59,7 +59,7 @@ def test_logits_loss_and_gradients_equal_transformers_when_we_read_its_checkpoin
         for parameter in theirs.parameters():
             parameter.normal_(std=0.3)
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = checkpoint.load_model(tmp_path / "theirs", torch.float64)
+    ours = pretrained.load_model(tmp_path / "theirs", torch.float64)
     assert ours.config.bias and ours.config.scale_attn_by_inverse_layer_idx == scale
     assert max(differences(ours, theirs.eval()).values()) < 1e-10
 

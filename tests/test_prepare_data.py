@@ -78,7 +78,7 @@ def test_each_document_is_written_once_in_the_order_of_the_split_with_one_end_of
     for name, order in prepare_data.split(len(documents), 0.1, 2357).items():
         expected = [token for i in order for token in [*documents[i].encode(), 256]]
         assert np.fromfile(data_dir / f"{name}.bin", "<u2").tolist() == expected
-    meta = data.verify(data_dir)
+    meta = data.read_meta(data_dir)
     assert (meta["eot"], meta["vocab_size"], meta["dtype"]) == (256, 257, "<u2")
     assert [meta["splits"][name]["documents"] for name in ("train", "val")] == [54, 6]
 
@@ -112,7 +112,7 @@ def test_max_tokens_ends_train_after_a_complete_document_and_leaves_val(tmp_path
         arguments = ["files", data_dir.parent / "corpus.jsonl", "--val_fraction=0.1", f"--out={out}"]
         assert prepare(*arguments, f"--max_tokens={limit}") == 0
         assert token_files(out) == [train[: 2 * ends[n_documents - 1]], val]
-        assert data.verify(out)["splits"]["train"]["documents"] == n_documents
+        assert data.read_meta(out)["splits"]["train"]["documents"] == n_documents
 
 
 @given(ids=st.lists(st.integers(0, 70_000), min_size=1, max_size=5))
@@ -141,7 +141,7 @@ def test_a_vocabulary_beyond_16_bits_is_written_in_32(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("naïve\né\n")
     options = ["--tokenizer=large", "--val_fraction=0.5", "--sample_by=line", f"--out={tmp_path / 'o'}"]
     assert prepare("files", tmp_path / "a.txt", *options) == 0
-    assert data.verify(tmp_path / "o")["dtype"] == "<u4"
+    assert data.read_meta(tmp_path / "o")["dtype"] == "<u4"
     for split in ("train", "val"):
         tokens = data.open_tokens(tmp_path / "o", split, 1, 65793)
         assert large.decode(tokens[:-1].tolist()) in ("naïve", "é") and tokens[-1] == 65792
@@ -347,7 +347,7 @@ def test_the_default_corpus_needs_nothing_but_python_and_no_torch(tmp_path):
     script += "; print({'torch', 'datasets'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("set()\n"), done.stderr
-    assert data.verify(tmp_path)["splits"]["train"]["tokens"] > 5_000_000
+    assert data.read_meta(tmp_path)["splits"]["train"]["tokens"] > 5_000_000
     first = bytes(np.fromfile(tmp_path / "train.bin", "<u2", 30).tolist()).decode()
     assert repr(first)[1:-1] in done.stdout  # a person sees what was read
 
@@ -370,7 +370,7 @@ def test_a_second_run_is_up_to_date_and_other_arguments_or_files_are_refused(tmp
     )
     (tmp_path / "a.txt").write_text("one\ntwo\nthree\nfour\n")
     assert "different paths" in last_line(capsys, prepare(*arguments))
-    assert (tmp_path / "out/train.bin").stat().st_mtime_ns == before and data.verify(tmp_path / "out")
+    assert (tmp_path / "out/train.bin").stat().st_mtime_ns == before and data.read_meta(tmp_path / "out")
 
 
 def test_what_is_damaged_is_prepared_again(tmp_path, data_dir):
@@ -400,11 +400,12 @@ def test_kills_at_random_moments_leave_the_bytes_of_an_uninterrupted_run(tmp_pat
         time.sleep(moments.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert not (tmp_path / "out/meta.json").exists()
+        assert not (tmp_path / "out/manifest.json").exists()
     assert run_script(*arguments).returncode == 0
     assert prepare(*arguments[1:-1], f"--out={tmp_path / 'whole'}") == 0
     assert token_files(tmp_path / "out") == token_files(tmp_path / "whole")
     assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == [
+        "manifest.json",
         "meta.json",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -420,7 +421,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_that_looks_finished(tmp_path
     monkeypatch.setattr(storage, "fsync", full)
     code = prepare("files", data_dir.parent / "corpus.jsonl", f"--out={tmp_path / 'out'}")
     assert "No space left on device" in last_line(capsys, code, 1)
-    assert finished(tmp_path / "out") == []
+    with pytest.raises(UserError, match="manifest.json: No such file"):
+        data.read_meta(tmp_path / "out")
 
 
 # ---- the hub's corpora, from a directory laid out like a repository
@@ -456,7 +458,7 @@ def test_fineweb_edu_is_read_by_config_name(tmp_path, repository, documents):
         ]
         assert prepare(*arguments, f"--out={out}") == 0
         assert texts_of(out) == sorted(documents[:share])
-        meta = data.verify(out)
+        meta = data.read_meta(out)
         assert meta["config_name"] == f"sample-{'10BT' if share == 30 else '100BT'}" and meta["revision"]
         assert meta["splits"]["val"]["documents"] == 1  # nanoGPT's 0.0005
 
@@ -505,7 +507,7 @@ def test_the_first_place_with_openwebtext_is_taken_and_its_counts_are_checked(
     )
     monkeypatch.setattr(prepare_data, "N_TOKENS", tokens)
     assert prepare(*arguments, f"--out={tmp_path / 'right'}") == 0
-    assert data.verify(tmp_path / "right")["repository"] == str(repository)
+    assert data.read_meta(tmp_path / "right")["repository"] == str(repository)
     monkeypatch.setattr(prepare_data, "N_TOKENS", tokens | {"train": 7})
     assert "train: found" in last_line(capsys, prepare(*arguments, f"--out={tmp_path / 'wrong'}"))
     assert prepare(*arguments, "--max_tokens=9000", f"--out={tmp_path / 'cut'}") == 0

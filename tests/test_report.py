@@ -141,7 +141,7 @@ def test_the_attention_of_a_report_is_of_the_recipe_s_sequences(finished):
 def test_a_directory_that_is_no_recipe_is_one_line(tmp_path, capsys):
     assert call_script(report, tmp_path) == 2
     error = capsys.readouterr().err
-    assert "recipe.json: [Errno 2] No such file" in error and error.count("\n") == 1
+    assert "recipe.json: No such file" in error and error.count("\n") == 1
 
 
 def test_baselines_are_put_beside_the_paper_s_only_for_a_target_of_its_size(finished, monkeypatch):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from plumbing import checkpoint, machine, storage
+from plumbing import machine, pretrained, storage
 from plumbing.configurator import UserError
 from train import TrainConfig, make_optimizer, train_step
 
@@ -112,9 +112,9 @@ def test_alpha_one_is_plain_training_bit_for_bit_and_half_is_not(reference, data
 
 
 def test_the_teacher_s_forward_pass_is_counted(reference, data_dir, tmp_path):
-    teacher = checkpoint.load_model(reference).config
+    teacher = pretrained.load_model(reference).config
     path = run(data_dir, tmp_path / "taught", teacher=str(reference), max_steps=4)
-    student = checkpoint.load_model(path).config
+    student = pretrained.load_model(path).config
     own = storage.read_json(path / "trainer_state.json")
     assert own["flops"] == 4 * 256 * (student.flops_per_token() + teacher.flops_per_token() // 3)
 
@@ -151,7 +151,7 @@ def test_a_mistake_is_one_line(reference, data_dir, tmp_path, capsys, changes, w
 def test_the_log_of_a_distilled_run_has_the_plain_validation_loss(reference, data_dir, tmp_path):
     path = run(data_dir, tmp_path / "taught", teacher=str(reference), max_steps=2)
     last = [line for line in read_metrics(tmp_path / "taught") if "val_loss" in line][-1]["val_loss"]
-    model, losses = checkpoint.load_model(path), []
+    model, losses = pretrained.load_model(path), []
     tokens = train.data.open_tokens(data_dir, "val", 32, 257)
     for start in train.data.val_starts(len(tokens), 32):
         x, y = train.data.windows(tokens, np.array([start]), 32)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 import data
 import prepare_data
 from inherit import inherit
-from plumbing import checkpoint, storage, tokenizers
+from plumbing import checkpoint, pretrained, storage, tokenizers
 from plumbing.configurator import UserError
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -129,7 +129,7 @@ def test_the_tokenizer_of_a_model_begins_documents_as_it_was_trained_and_cannot_
     assert meta["begin"] == ours.begin and tokens[-1] == 0
     starts = [0, *(np.flatnonzero(tokens == 0)[:-1] + 1)]  # of the documents
     assert len(starts) == 6 and ((tokens[starts] == 1).all() if bos else 1 not in tokens)
-    assert checkpoint.check_tokenizer(path, meta) is None  # the files beside the tokens are the model's
+    assert pretrained.check_tokenizer(path, meta) is None  # the files beside the tokens are the model's
 
 
 @pytest.mark.parametrize("lacks", ["tokenizer.json", "eos_token"])

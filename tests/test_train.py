@@ -1,7 +1,6 @@
 """train.py: resumed equals straight, many processes equal one, and every mistake is one line."""
 
 import contextlib
-import hashlib
 import itertools
 import json
 import math
@@ -20,7 +19,7 @@ from conftest import ROOT, TINY, call_script, options, read_metrics, run_script
 from safetensors.torch import load_file
 
 import train
-from plumbing import checkpoint, machine, resume, storage
+from plumbing import machine, pretrained, resume, storage
 from plumbing.configurator import UserError
 
 
@@ -121,7 +120,7 @@ def test_the_micro_batch_changes_nothing_but_memory(data_dir, tmp_path):
 def test_validation_loss_is_one_number_for_any_micro_batch(data_dir, reference):
     import data
 
-    model = checkpoint.load_model(reference, torch.float64)
+    model = pretrained.load_model(reference, torch.float64)
     tokens = data.open_tokens(data_dir, "val", 32, 257)
     found = [train.evaluate(model, tokens, b, torch.device("cpu"), torch.no_grad()) for b in (1, 4, 16)]
     assert len(found[0]) == (len(tokens) - 1) // 32 > 200
@@ -171,10 +170,10 @@ def test_ten_losses_are_those_that_were_once_measured(tmp_path):
     for split, n in (("train", 4000), ("val", 400)):
         tokens = (np.arange(n) % 7 * 30 + random.randint(0, 5, n)).astype("<u2")
         tokens.tofile(folder / f"{split}.bin")
-        sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
-        splits[split] = {"tokens": n, "documents": 1, "max_id": int(tokens.max()), "sha256": sha256}
-    meta = {"format": 1, "tokenizer": "bytes", "eot": 256, "dtype": "<u2", "splits": splits}
+        splits[split] = {"tokens": n, "documents": 1, "max_id": int(tokens.max())}
+    meta = {"tokenizer": "bytes", "eot": 256, "dtype": "<u2", "splits": splits}
     (folder / "meta.json").write_text(json.dumps(meta))
+    storage.seal(sorted(folder.iterdir()))
     run(folder, tmp_path / "run", max_steps=10, scale_attn_by_inverse_layer_idx=True)
     found = [line["train_loss"] for line in read_metrics(tmp_path / "run") if "train_loss" in line]
     assert found == pytest.approx(GOLDEN, abs=1e-5)
@@ -225,7 +224,8 @@ def test_a_checkpoint_that_cannot_be_deleted_is_warned_about_and_tried_again(dat
 def test_tracking_is_told_the_beginning_of_text_of_the_data(data_dir, tmp_path, monkeypatch):
     copy, told = shutil.copytree(data_dir, tmp_path / "data"), []
     meta = json.loads((copy / "meta.json").read_text()) | {"begin": [256]}
-    (copy / "meta.json").write_text(json.dumps(meta | {"sha256": train.data.hash_of(meta)}))
+    (copy / "meta.json").write_text(json.dumps(meta))
+    storage.seal([*sorted(copy.glob("*.bin")), copy / "meta.json"])
     monkeypatch.setattr("analyze_attention.track", lambda model, tokens, begin: told.append(begin) or {})
     run(copy, tmp_path / "run", max_steps=0, track_rank=True)
     assert told == [[256]]
@@ -415,7 +415,7 @@ def test_one_compiled_block_serves_all_layers(data_dir, tmp_path, monkeypatch, c
     [
         (["--n_head=3"], "n_embd 32 is not divisible by n_head 3"),
         (["--tokens_per_step=1000"], "tokens_per_step 1000 is not divisible by micro_batch 4 x block_size 32 x 1"),
-        (["--data_dir=nowhere"], "nowhere: no meta.json"),
+        (["--data_dir=nowhere"], "nowhere/manifest.json: No such file or directory; prepare it with"),
         (["--warmup_steps=21"], "warmup_steps is 21, expected 0 to 20"),
         (["--lr=nan"], "min_lr is 1e-05, expected 0 to nan"),
         (["--dropout=2"], "dropout is 2.0"),
@@ -426,7 +426,7 @@ def test_one_compiled_block_serves_all_layers(data_dir, tmp_path, monkeypatch, c
         (["--init_from=no/such/model"], "no/such/model is no checkpoint, run directory"),
         (["--device=tpu"], "device 'tpu'"),
         (["--resume"], "no usable checkpoint"),
-        (["--micro_batch=16"], "--micro_batch=8 divides it"),
+        (["--micro_batch=16"], "choose a micro_batch that divides 8"),
         (["nowhere.toml"], "nowhere.toml"),
         (["--out_dir=/dev/null/x"], "/dev/null/x cannot be written: Not a directory"),
     ],
@@ -522,19 +522,14 @@ def test_a_log_line_that_cannot_be_written_loses_no_run(data_dir, tmp_path, caps
 def test_other_data_cannot_be_resumed_with(straight, data_dir, tmp_path):
     copy = tmp_path / "data"
     copy.mkdir()
-    for name in ("train.bin", "val.bin", "meta.json"):
+    for name in ("train.bin", "val.bin", "meta.json", "manifest.json"):
         (copy / name).write_bytes((data_dir / name).read_bytes())
-    meta = json.loads((copy / "meta.json").read_text())
-    meta["splits"]["train"]["sha256"] = "0" * 64
-    del meta["sha256"]  # as older versions wrote it
-    (copy / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match="sha256 mismatch"):  # what meta.json says is not believed
-        run(copy, stop_at_10(straight, tmp_path), dropout=0.1, resume=True)
     content = bytearray((copy / "train.bin").read_bytes())
     content[0] ^= 1
     (copy / "train.bin").write_bytes(content)
-    meta["splits"]["train"]["sha256"] = hashlib.sha256(content).hexdigest()
-    (copy / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="train.bin: sha256 mismatch"):  # what the manifest says is not believed
+        run(copy, stop_at_10(straight, tmp_path), dropout=0.1, resume=True)
+    storage.seal([copy / name for name in ("train.bin", "val.bin", "meta.json")])
     with pytest.raises(UserError, match="data: .*--override=data"):
         run(copy, stop_at_10(straight, tmp_path), dropout=0.1, resume=True)
 

@@ -279,7 +279,6 @@ def write(config: PrepareConfig, out: Path, source, encoding, arguments: dict):
         start = encoding.decode(np.fromfile(path, dtype, 60).tolist())  # shows a wrong column
         print(f"{name}: {entry['tokens']:,} tokens, {entry['documents']:,} documents: {start!r}")
 
-    (out / "manifest.json").unlink(missing_ok=True)
     for name in splits:
         os.replace(out / f"{name}.partial", out / f"{name}.bin")
     tokenizers.write_files(encoding, out)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import data
 import prepare_data
+from plumbing import storage
 from plumbing.configurator import UserError
 from plumbing.tokenizers import tokenizer
 from train import TrainConfig
@@ -108,6 +109,15 @@ EDITS = [('"<u2"', '"<f2"'), ('"<u2"', '"<i2"'), ('"max_id": ', '"max_id": -'), 
 def test_a_damaged_data_directory_is_refused(tmp_path, data_dir, change, words):
     with pytest.raises(UserError, match=words):
         data.read_meta(damage(tmp_path, data_dir, change), unread=())
+
+
+def test_opening_tokens_does_not_read_ten_gigabytes_to_compare_them(data_dir, monkeypatch):
+    read, sha256_of = [], storage.sha256_of
+    monkeypatch.setattr(storage, "sha256_of", lambda path: read.append(path.name) or sha256_of(path))
+    data.open_tokens(data_dir, "train", 32, 257)
+    assert "meta.json" in read and not {"train.bin", "val.bin"} & set(read)
+    data.read_meta(data_dir, unread=())
+    assert {"train.bin", "val.bin"} <= set(read)
 
 
 def test_tokens_that_do_not_fit_the_model_are_refused(data_dir):

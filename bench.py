@@ -162,8 +162,8 @@ def report(contenders: list[Contender], config: TrainConfig, flops: float, peak:
     for pair in zip(peers[::2], peers[1::2], strict=True):  # eager and compiled
         best = min(pair, key=lambda contender: np.median(contender.turns))
         ratio = np.array(best.turns) / np.array(first.turns)
-        spread = f"{ratio.min():.2f} to {ratio.max():.2f}"
-        processes.say(f"{first.name} / {best.name}: {np.median(ratio):.2f} x ({spread})")
+        median, low, high = np.median(ratio), ratio.min(), ratio.max()
+        processes.say(f"{first.name} / {best.name}: {median:.2f} x ({low:.2f} to {high:.2f})")
     world_size = processes.rank_and_world_size()[1]
     achieved = config.tokens_per_step / world_size * flops / np.median(first.turns)
     processes.say(f"MFU {achieved / peak:.1%}: {achieved / 1e9:,.0f} of {peak / 1e9:,.0f} GFLOP/s a process")

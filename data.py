@@ -79,7 +79,8 @@ def accumulation(tokens_per_step: int, micro_batch: int, block_size: int, proces
     """How many micro-batches of each process make a step. UserError if it is no whole number."""
     micro_tokens = micro_batch * block_size * processes
     if tokens_per_step % micro_tokens:
-        remedy = f"choose a micro_batch that divides {tokens_per_step / block_size / processes:g}"
+        windows, rest = divmod(tokens_per_step, block_size * processes)
+        remedy = "change tokens_per_step" if rest else f"choose a micro_batch that divides {windows}"
         raise UserError(
             f"tokens_per_step {tokens_per_step} is not divisible by micro_batch {micro_batch} x "
             f"block_size {block_size} x {processes} process(es) = {micro_tokens}; {remedy}"

@@ -219,7 +219,7 @@ def inherit(reference, layers, out, **others) -> Path:
         if len(set(chosen)) < len(chosen):  # a file holds no tensor twice
             weights = {new: tensor.clone() for new, tensor in weights.items()}
         if fresh := [new for new, old in origin.items() if old is None]:
-            from plumbing import checkpoint, pretrained  # imported here: only fresh layers need a model
+            from plumbing import checkpoint, pretrained  # only fresh layers need a model
 
             torch.manual_seed(settings.seed)
             drawn = checkpoint.hf_tensors(pretrained.load_model(directory, fresh=True))

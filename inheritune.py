@@ -57,12 +57,11 @@ class RecipeConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         self.seeds = list(dict.fromkeys(self.seeds))  # a seed given twice would count twice
-        if not (1 <= self.first_k <= self.n and min(self.expand_by, self.sequences, self.max_steps) >= 1):
-            found = f"start_layers {self.first_k}, expand_by {self.expand_by}, sequences {self.sequences}"
-            expected = f"start_layers 1 to {self.n}, the others at least 1"
-            raise UserError(f"{found}, max_steps {self.max_steps}; expected {expected}")
-        if not all(0 <= seed < 2**32 for seed in self.seeds):
-            raise UserError(f"seeds are {self.seeds}, expected 0 to {2**32 - 1}")
+        if not 1 <= self.first_k <= self.n:
+            raise UserError(f"start_layers is {self.first_k}, expected 1 to {self.n} (the reference's)")
+        for key in ("expand_by", "sequences", "max_steps"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key} is {getattr(self, key)}, expected at least 1")
         if self.init_from != "scratch" or self.override or self.teacher:
             raise UserError("init_from, override and teacher are for train.py")
         if self.reference and self.n_layer not in (None, self.n):
@@ -121,7 +120,8 @@ def check(config: RecipeConfig):
         base = pretrained.read_config(model_files.resolve(config.reference))
     for name, model in models.items():
         try:
-            settings = train_config(config, model, config.seed, Path(config.out_dir))
+            seeds = config.seeds or [config.seed]
+            settings = [train_config(config, model, seed, Path(config.out_dir)) for seed in seeds][0]
             n_layer = model.n_layer or len(model.layers) + len(model.top_layers)
             options = {f.name: getattr(settings, f.name) for f in fields(GPTConfig)}
             options = {key: value for key, value in options.items() if value is not None}
@@ -141,8 +141,7 @@ def check(config: RecipeConfig):
                 raise ValueError("top and top_layers go together: set both or neither")
             if model.stable and config.reference:
                 raise ValueError("a trained reference has no checkpoint before its decay")
-            tokens, micro_batch = settings.tokens_per_step, settings.micro_batch
-            data.accumulation(tokens, micro_batch, shape.block_size, world_size)
+            data.accumulation(settings.tokens_per_step, settings.micro_batch, shape.block_size, world_size)
         except (ValueError, TypeError, UserError) as error:  # TypeError: no such setting
             raise UserError(f"{name}: {error}") from None
 
@@ -172,9 +171,8 @@ class Models:
                 how |= {"top": sources[1], "top_layers": model.top_layers}
             on_rank_0(inherit_once, sources[0], model.layers, out_dir / "init", how, self.seed)
             settings = replace(settings, init_from=str(out_dir / "init"))
-        if name == "reference" and self.config.reference:  # evaluated, and saved as a run of no steps
-            reference = self.config.reference
-            settings = replace(settings, init_from=reference, n_layer=None, max_steps=0)
+        if name == "reference" and self.config.reference:  # saved as a run of no steps
+            settings = replace(settings, init_from=self.config.reference, n_layer=None, max_steps=0)
         if model.teacher:
             sources.append(self.find(model.teacher))
             settings = replace(settings, teacher=str(sources[-1]))

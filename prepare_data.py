@@ -3,7 +3,7 @@
     python prepare_data.py python --out=data/python        # Python's own library: no download
     python prepare_data.py files novels/ --sample_by=paragraph --tokenizer=gpt2 --out=data/novels
     python prepare_data.py openwebtext                     # the paper's corpus: 9.0 B tokens
-    python prepare_data.py fineweb-edu --config_name=sample-100BT --max_tokens=20_000_000_000
+    python prepare_data.py fineweb-edu --data_files='sample/10BT/00[01]*.parquet'  # 1.4 B tokens
 
 The documents are shuffled with a fixed seed and the first ones are the validation split, as nanoGPT
 splits OpenWebText. Each is encoded as ordinary text (it cannot forge a special token), and one
@@ -64,6 +64,7 @@ class PrepareConfig:
     max_tokens: int | None = None  # end train.bin with the last complete document within this
     repository: str | None = None  # hub: a different copy of the corpus, or a directory like one
     config_name: str | None = None  # hub: part of the repository; sample-10BT for fineweb-edu
+    data_files: str | None = None  # hub: only these files of it; sample/10BT/00[01]*.parquet
     site_packages: bool = False  # python: add the source of every installed package
     sample_by: Literal["document", "paragraph", "line"] = "document"  # what .txt and .md hold
     text_column: str = "text"  # column of a table, or key of a JSON object, that holds the text
@@ -200,7 +201,7 @@ def from_hub(config: PrepareConfig, _):
     for repository, revision in places:
         print(f"looking for {config.source} in {repository} at {revision}")
         try:
-            items, commit = load(column, repository, part, revision=revision)
+            items, commit = load(column, repository, part, revision=revision, data_files=config.data_files)
         except UserError as error:
             reasons.append(f"{repository} at {revision}: {error}")
             continue
@@ -221,8 +222,7 @@ def encode(text: str, encoding: tiktoken.Encoding) -> np.ndarray:
         return encoding.encode_to_numpy(text, disallowed_special=())
     except ValueError:  # a million spaces overflow the stack of its regex: cut before a space
         pieces = re.findall(rf"(?s).{{1,{PIECE}}}(?=\s|\Z)|.{{1,{PIECE}}}", text)
-        ids = [encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
-        return np.concatenate(ids)
+        return np.concatenate([encoding.encode_to_numpy(p, disallowed_special=()) for p in pieces])
 
 
 def encode_document(item, read, encoding: tiktoken.Encoding, dtype: str) -> np.ndarray:

@@ -111,8 +111,7 @@ def latency(path: Path, reference: Path) -> float:
     timers, threads = [], torch.get_num_threads()
     for model in map(pretrained.load_model, (path, reference)):
         idx = torch.zeros(1, model.config.block_size, dtype=torch.long)
-        names = {"model": model, "idx": idx}
-        timers.append(Timer("model(idx)", globals=names, num_threads=threads))
+        timers.append(Timer("model(idx)", globals={"model": model, "idx": idx}, num_threads=threads))
     times = np.array([[timer.timeit(1).mean for timer in timers] for _ in range(15)])
     return float(np.median(times[:, 0] / times[:, 1]))
 
@@ -149,6 +148,8 @@ def rows_of(recipe: dict, out_dir: Path) -> list[dict]:
             "latency": f"{latencies[str(config)]:.2f}",
             "verdict": verdict(difference, interval, recipe["tolerance"]) if rows else "reference",
         }
+        if model["role"] == "target" and config.n_layer == rows[0]["n_layer"]:
+            cells["verdict"] += "; no smaller one did"
         rows.append({
             "name": model["name"], "role": model["role"], "paths": paths, "cells": cells,
             "n_layer": config.n_layer, "own_tokens": own, "loss": loss, "each": each,
@@ -285,7 +286,7 @@ Command: `python {made_by["command"]}`
     figures.plot_losses(rows, out_dir / "loss.png")
     figures.plot_differences(rows, out_dir / "differences.png")
     figures.plot_attention(attention, out_dir / "rank.png")
-    configurator.say(f"report: {out_dir}/report.md")
+    configurator.say(f"report: {out_dir}/report.md; target: {target}")
 
 
 def main():

@@ -72,7 +72,7 @@ class TrainConfig(ModelOptions):
     micro_batch: int = may_change(8)  # sequences at a time on one process; only a matter of memory
     eval_interval: int = may_change(1_000)  # steps between evaluations on all validation windows
     save_interval: int = may_change(1_000)  # steps between checkpoints
-    keep_checkpoints: int = may_change(1)  # the newest ones; older ones are deleted
+    keep_checkpoints: int = may_change(1)  # the newest ones; of wsd also that before its decay
     log_interval: int = may_change(10)  # steps between lines in metrics.jsonl
     track_rank: bool = may_change(False)  # log each layer's attention measures on 8 windows when evaluated
     device: str = may_change("auto")  # cuda, mps or cpu

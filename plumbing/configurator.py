@@ -63,7 +63,7 @@ def run(main):
             raise
         print(f"error: {' '.join(str(error).split())[:200]}; {remedy}", file=sys.stderr)
         sys.exit(1)
-    except OSError as error:  # a full or failing disk, a file without permission: nothing is damaged
+    except OSError as error:  # a full or failing disk, no permission: nothing is damaged
         try:
             sys.stdout.flush()  # what was printed so far
         except OSError:  # the output itself fails, and Python flushes again at exit

@@ -28,7 +28,7 @@ class MuonAndAdamW:
         self.state = self.muon.state = self.adamw.state = defaultdict(dict)  # of different parameters
 
     def step(self):
-        """One update. After a non-finite gradient (found_inf, see train.py:train_step) there is none."""
+        """One update. After a non-finite gradient (found_inf, train.py:train_step) there is none."""
         if not self.found_inf:  # unlike AdamW's kernel, Muon does not look: here the CPU waits for the GPU
             self.muon.step()
             self.adamw.step()

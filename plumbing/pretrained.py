@@ -74,11 +74,11 @@ def vocabulary(directory: Path) -> dict | None:
 
 
 def check_tokenizer(path: Path, meta: dict):
-    """UserError if a model reads other tokens than the data has. A GPT-2 that names none: gpt2."""
+    """UserError if a model reads other tokens than the data has. Without a tokenizer: those of gpt2."""
     table = storage.read_json(path / "config.json")
     theirs, ours = vocabulary(path), vocabulary(Path(meta["directory"]))
-    unnamed = "gpt2" if theirs is None and table.get("model_type") == "gpt2" else str(path)
-    found = table.get("tokenizer", unnamed)
+    is_openai_s = table.get("model_type") == "gpt2" and table.get("vocab_size", 0) >= 50257
+    found = table.get("tokenizer", "gpt2" if theirs is None and is_openai_s else str(path))
     other_name = found != meta["tokenizer"]
     other_tokens = theirs != ours if theirs and ours else other_name
     if other_tokens:
@@ -103,9 +103,7 @@ def stored_weights(path: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def load_model(
-    name: str | Path, dtype: torch.dtype = torch.float32, options: dict | None = None, fresh: bool = False
-) -> GPT:
+def load_model(name: str | Path, dtype=torch.float32, options: dict | None = None, fresh=False) -> GPT:
     """The model in a checkpoint, a run or on the hub, on the CPU, in evaluation mode. UserError.
 
     Of GPTConfig's options, dropout applies, and a shorter block_size: the first positions. All

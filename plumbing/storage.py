@@ -183,7 +183,7 @@ def lock(directory: str | Path):
         directory.mkdir(parents=True, exist_ok=True)
         held = FileLock(directory / ".lock").acquire(timeout=0)
     except Timeout:
-        raise UserError(f"{directory} is in use by another process; wait or change it") from None
+        raise UserError(f"{directory} is in use by another process; wait for it or stop it") from None
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror}") from None
     with held:

@@ -24,6 +24,7 @@
 # 40 or 80 GB should do.
 set -eu
 cd "$(dirname "$0")/.."
+PATH="$PWD/.venv/bin:$PATH" # what `make demo` has installed, if it was run
 
 python prepare_data.py fineweb-edu --tokenizer=gpt2 --out=data/fineweb-edu
 torchrun --standalone --nproc_per_node="${GPUS:-4}" inheritune.py config/fineweb-gpt2-medium.toml "$@"

@@ -41,6 +41,7 @@
 # 40 or 80 GB should do.
 set -eu
 cd "$(dirname "$0")/.."
+PATH="$PWD/.venv/bin:$PATH" # what `make demo` has installed, if it was run
 
 python prepare_data.py openwebtext --tokenizer=gpt2 --out=data/openwebtext
 torchrun --standalone --nproc_per_node="${GPUS:-8}" inheritune.py config/gpt2-medium.toml "$@"

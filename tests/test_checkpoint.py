@@ -204,6 +204,16 @@ def test_a_gpt2_with_a_vocabulary_of_its_own_is_not_taken_for_openai_s(saved, da
         pretrained.check_tokenizer(path, {"tokenizer": "gpt2", "directory": str(data_dir)})
 
 
+@pytest.mark.parametrize("size,named", [(65, "'{path}'"), (50257, "'gpt2'")])
+def test_a_gpt2_without_a_tokenizer_is_taken_for_openai_s_only_with_its_vocabulary(saved, data_dir, size, named):
+    path, _ = saved
+    config = json.loads((path / "config.json").read_text()) | {"vocab_size": size}
+    del config["tokenizer"]
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"reads tokens of {named.format(path=path)}, the data in .* those of 'bytes'"):
+        pretrained.check_tokenizer(path, {"tokenizer": "bytes", "directory": str(data_dir)})
+
+
 def test_llama_cpp_finds_the_length_that_it_reads(saved):
     assert json.loads((saved[0] / "config.json").read_text())["n_ctx"] == 16
 

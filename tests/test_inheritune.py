@@ -86,6 +86,8 @@ def test_a_tolerance_is_the_largest_difference_that_matches(tmp_path, data_dir, 
 def test_without_a_match_the_rounds_end_at_the_reference_s_size(finished):
     rounds = [("round", 1), ("round", 2), ("round", 3), ("target", 4)]
     assert read_recipe(finished[0]) == [("reference", 4), *rounds, ("baseline", 4), ("baseline", 4)]
+    rows = [line for line in (finished[0] / "report.md").read_text().splitlines() if line.startswith("| inherited")]
+    assert [row.rstrip(" |").endswith("; no smaller one did") for row in rows[:4]] == [False, False, False, True]
 
 
 def test_each_round_starts_from_the_reference_s_first_layers(finished):
@@ -300,13 +302,13 @@ def test_an_edited_setting_of_a_baseline_is_refused(finished, tmp_path, monkeypa
 @pytest.mark.parametrize(
     "wrong,words",
     [
-        (["--start_layers=5"], "start_layers 5, expand_by 1, sequences 3, max_steps 20; expected start_layers 1 to 4"),
-        (["--max_steps=0", "--warmup_steps=0"], "max_steps 0; expected"),
-        (["--seeds", "1", "5000000000"], "seeds are [1, 5000000000], expected 0 to 4294967295"),
+        (["--start_layers=5"], "start_layers is 5, expected 1 to 4"),
+        (["--max_steps=0", "--warmup_steps=0"], "max_steps is 0, expected at least 1"),
+        (["--seeds", "1", "5000000000"], "seed is 5000000000, expected 0 to 4294967295"),
         (["--once", "randm"], "baselines.py: unknown key 'randm'; did you mean 'random'?"),
-        (["--start_layers=0"], "start_layers 0"),
-        (["--sequences=0"], "sequences 0, max_steps 20; expected"),
-        (["--expand_by=0"], "expand_by 0"),
+        (["--start_layers=0"], "start_layers is 0, expected 1 to 4"),
+        (["--sequences=0"], "sequences is 0, expected at least 1"),
+        (["--expand_by=0"], "expand_by is 0, expected at least 1"),
         (["--init_from=gpt2"], "init_from, override and teacher are"),
         (["--teacher=gpt2"], "override and teacher are"),
         (["--n_head=3"], "reference: "),

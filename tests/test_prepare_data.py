@@ -463,6 +463,12 @@ def test_fineweb_edu_is_read_by_config_name(tmp_path, repository, documents):
         assert meta["splits"]["val"]["documents"] == 1  # nanoGPT's 0.0005
 
 
+def test_some_files_of_a_repository_can_be_read_alone(tmp_path, repository, documents):
+    arguments = ["fineweb-edu", f"--repository={repository}", "--tokenizer=bytes", f"--out={tmp_path / 'out'}"]
+    assert prepare(*arguments, "--data_files=10BT/00[01]*.parquet") == 0  # two of three: twenty documents of thirty
+    assert texts_of(tmp_path / "out") == sorted(documents[:20])
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux's /proc lists a process's children")
 def test_no_other_process_works_for_a_preparation(tmp_path, repository):
     """A pool of processes, one of which is killed by the system, waits for ever. Threads alone encode and read."""

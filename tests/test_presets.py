@@ -177,6 +177,24 @@ def test_the_hours_in_a_script_s_header_follow_from_the_flops(name, monkeypatch)
     assert [row[0] for row in rows[-len(baselines) :]] == list(baselines)
 
 
+def test_the_hours_on_a_single_gpu_follow_from_the_flops(monkeypatch):
+    script, number = (ROOT / "runs/single_gpu.sh").read_text(), r"\s+([\d.e+]+)"
+    medium = GPTConfig(n_layer=24, n_head=16, n_embd=1024, vocab_size=50257, bias=True)  # of the hub
+    small = gpt_config(load("single_gpu_scratch", "inheritune", monkeypatch))
+    halves = script.split("# (b) ")
+    for half, shape, preset in zip(halves, (medium, small), ("single_gpu", "single_gpu_scratch"), strict=True):
+        config, total = load(preset, "inheritune", monkeypatch), 0.0
+        rows = re.findall(rf"^#   (\w[^#\n]*?)\s+(\d+)\s+(\d+){number * 4}$", half, flags=re.MULTILINE)
+        assert {row[0] for row in rows} >= set(config.baselines)
+        for _, layers, steps, flops, *hours in rows:
+            expected = replace(shape, n_layer=int(layers)).flops_per_token() * config.tokens_per_step * int(steps)
+            total += expected
+            assert float(flops) == pytest.approx(expected, rel=0.01)
+            in_hours = [expected / (0.4 * peak) / 3600 for peak in (989e12, 312e12, 165.2e12)]
+            assert [float(hour) for hour in hours] == pytest.approx(in_hours, abs=0.051)
+        assert float(re.search(rf"^#   all of it{number}", half, flags=re.MULTILINE)[1]) == pytest.approx(total, rel=0.01)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "runs").glob("*.sh")), ids=lambda path: path.name)
 def test_every_script_is_plain_sh_and_stops_at_the_first_error(path):
     assert subprocess.run(["sh", "-n", path], timeout=60).returncode == 0

@@ -112,6 +112,15 @@ def test_a_tokenizer_without_a_known_file_is_a_warning(tmp_path, capsys, documen
     assert "no tokenizer.json is known for 'cl100k_base'" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
+def test_gpt2_s_own_files_name_no_end_of_text(tmp_path, documents):
+    """tokenizer_config.json of gpt2-medium on the hub holds nothing but model_max_length."""
+    encoding = small_encoding(documents)[0]
+    tokenizers.write_files(encoding, tmp_path)
+    storage.write_json(tmp_path / "tokenizer_config.json", {"model_max_length": 1024})
+    found = tokenizers.tokenizer(tmp_path)
+    assert found.eot_token == encoding.eot_token and found.encode_ordinary("def") == encoding.encode_ordinary("def")
+
+
 @pytest.mark.parametrize("bos", [True, False])
 def test_the_tokenizer_of_a_model_begins_documents_as_it_was_trained_and_cannot_be_forged(tmp_path, documents, bos):
     path = save(tmp_path / "model", "Llama", documents, bos=bos)

@@ -26,7 +26,7 @@ class Plan:
     top_layers: list[int] = field(default_factory=list)
     width: float = 1.0  # the share of heads, MLP units and embedding dimensions to take
     parts: str = ""  # comma-separated parts of each layer to take: ln_1, attn, ln_2, mlp; the rest is fresh
-    stable: bool = False  # inherit the source's last checkpoint before its decay, and skip the warm-up
+    stable: bool = False  # inherit the source's last checkpoint before its decay; no warm-up
     teacher: str = ""  # distill this model
     steps: float = 1.0  # times max_steps
     settings: dict = field(default_factory=dict)  # of train.py, where they differ
@@ -66,7 +66,7 @@ def baselines(n: int, k: int) -> dict[str, Plan]:
         "middle layers": Plan(layers=list(range((n - k) // 2, (n - k) // 2 + k))),
         "every other layer": Plan(layers=every_other),
         "spread layers": Plan(layers=spread),
-        # ---- stacking (paper, appendix D): half the layers trained, then copied on top of themselves
+        # ---- stacking (paper, appendix D): half the layers trained, then copied on top of each other
         "half of the target": Plan(n_layer=len(half)),
         "stacking": Plan(layers=half + other_half, source="half of the target"),
         "hybrid stacking": Plan(layers=half + other_half),

@@ -1,8 +1,8 @@
 """Measure the speed of a training step, beside peers in the same run, and where its time goes.
 
-    python bench.py config/demo.toml                           # what train.py does on this machine
-    python bench.py config/demo.toml --against=../nanoGPT      # beside a nanoGPT-like model.py
-    python bench.py config/demo.toml --profile                 # shares of a step by kind of operation
+    python bench.py config/demo.toml                         # what train.py does on this machine
+    python bench.py config/demo.toml --against=../nanoGPT    # beside a nanoGPT-like model.py
+    python bench.py config/demo.toml --profile               # shares of a step by kind of operation
 
 The settings are train.py's, and so is the step: train.py:train_step is timed, for ours and for
 peers. Tokens are random, since no speed depends on them. Contenders take turns on the same batches,

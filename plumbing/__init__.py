@@ -1,4 +1,4 @@
-"""What is not the paper: settings, files, checkpoints, machine, tokenizers, other decoders, figures.
+"""What is not the paper: settings, files, checkpoints, machine, tokenizers, decoders, figures.
 
 Every script imports this before torch, so that Ctrl-C prints no traceback while torch is loaded.
 """

@@ -75,7 +75,7 @@ def run(main):
 
 
 def may_change(default):
-    """A field of a settings dataclass that may differ on resume: it does not change what is learned."""
+    """A field of a settings dataclass that may differ on resume: it changes nothing that is learned."""
     return dataclasses.field(default=default, metadata={"may_change": True})
 
 
@@ -88,7 +88,7 @@ def check_key(key: str, known, where: str):
 
 
 def preset_options(path: Path, known) -> list[str]:
-    """The settings in a preset as options: those at its top and those in the running script's table."""
+    """The settings in a preset as options: those at its top, those in the running script's table."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors

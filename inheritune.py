@@ -120,8 +120,8 @@ def check(config: RecipeConfig):
         base = pretrained.read_config(model_files.resolve(config.reference))
     for name, model in models.items():
         try:
-            seeds = config.seeds or [config.seed]
-            settings = [train_config(config, model, seed, Path(config.out_dir)) for seed in seeds][0]
+            for seed in config.seeds or [config.seed]:
+                settings = train_config(config, model, seed, Path(config.out_dir))
             n_layer = model.n_layer or len(model.layers) + len(model.top_layers)
             options = {f.name: getattr(settings, f.name) for f in fields(GPTConfig)}
             options = {key: value for key, value in options.items() if value is not None}

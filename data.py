@@ -4,8 +4,8 @@
     python prepare_data.py python --out=data/python        # verifies it if it is there
 
 A data directory holds train.bin and val.bin (little-endian uint16, or uint32 for a large
-vocabulary), meta.json and the tokenizer, and manifest.json with the sha256 of each, which is written
-last: if it exists, the preparation was finished.
+vocabulary), meta.json, the tokenizer, and manifest.json with the size and sha256 of each. It is written
+aside and renamed, so it is complete if it is there.
 
 The order of the training data is a pure function of (seed, step). Nothing is stored to resume it, a
 rank or a micro-batch only takes its slice of it, and all models of a comparison see the same.
@@ -32,7 +32,8 @@ def read_meta(data_dir: str | Path, unread: tuple = (".bin",)) -> dict:
         listed = storage.verify(path, unread)
         meta = storage.read_json(path / "meta.json")
     except UserError as error:
-        raise UserError(f"{error}; prepare it with: python prepare_data.py SOURCE --out={path}") from None
+        remedy = f"move {path} away and prepare it" if path.exists() else "prepare it"
+        raise UserError(f"{error}; {remedy} with: python prepare_data.py SOURCE --out={path}") from None
     sha256 = {split: listed[f"{split}.bin"][1] for split in meta["splits"]}
     return meta | {"directory": str(path), "sha256": sha256}
 

@@ -259,14 +259,14 @@ def write_split(path: Path, documents, n_documents: int, max_tokens: int | None)
     return entry
 
 
-def write(config: PrepareConfig, out: Path, source, encoding, arguments: dict):
-    """Write both splits under temporary names, rename them, then write the rest."""
+def write(config: PrepareConfig, directory: Path, source, encoding, arguments: dict):
+    """Write the files of a data directory but for its manifest. Raises UserError."""
     items, read, origin = source
     dtype = "<u2" if encoding.n_vocab <= 2**16 else "<u4"
     encode_item = functools.partial(encode_document, read=read, encoding=encoding, dtype=dtype)
     splits = {}
     for name, order in split(len(items), config.val_fraction, config.seed).items():
-        path = out / f"{name}.partial"
+        path = directory / f"{name}.bin"
         limit = config.max_tokens if name == "train" else None  # val.bin does not depend on it
         documents = in_order(items, order, encode_item, config.workers)
         entry = splits[name] = write_split(path, documents, len(order), limit)
@@ -279,9 +279,7 @@ def write(config: PrepareConfig, out: Path, source, encoding, arguments: dict):
         start = encoding.decode(np.fromfile(path, dtype, 60).tolist())  # shows a wrong column
         print(f"{name}: {entry['tokens']:,} tokens, {entry['documents']:,} documents: {start!r}")
 
-    for name in splits:
-        os.replace(out / f"{name}.partial", out / f"{name}.bin")
-    tokenizers.write_files(encoding, out)
+    tokenizers.write_files(encoding, directory)
     meta = {
         **origin,
         "tokenizer": encoding.name,
@@ -292,27 +290,25 @@ def write(config: PrepareConfig, out: Path, source, encoding, arguments: dict):
         "splits": splits,
         "arguments": arguments,
     }
-    storage.write_json(out / "meta.json", meta)
-    names = ("train.bin", "val.bin", "meta.json", *storage.TOKENIZER_FILES)
-    storage.seal([out / name for name in names if (out / name).is_file()])
+    storage.write_json(directory / "meta.json", meta)
 
 
 def prepare(config: PrepareConfig, out: Path):
-    """Fill the data directory `out`, unless it is up to date. Raises UserError."""
+    """Make the data directory `out`, unless it is there and up to date. Raises UserError."""
     files = find_files(config.paths, out.resolve())
     arguments = asdict(config)
     del arguments["out"], arguments["workers"]  # neither changes a byte
     stats = [(path.resolve(), path.stat()) for path in files]
     arguments["paths"] = [[str(path), found.st_size, found.st_mtime_ns] for path, found in stats]
     arguments["python"] = platform.python_version() if config.source == "python" else None
-    try:
-        made_with = data.read_meta(out, unread=())["arguments"]
-    except UserError:  # absent or damaged: made anew
+    if not out.exists():
         encoding = tokenizers.tokenizer(config.tokenizer)  # before anything long
         read_source = {"python": from_python, "files": from_files}.get(config.source, from_hub)
-        return write(config, out, read_source(config, files), encoding, arguments)
-    changed = [key for key in arguments if arguments[key] != made_with.get(key)]
-    if changed:
+        source = read_source(config, files)
+        with storage.publish(out) as directory:
+            return write(config, directory, source, encoding, arguments)
+    made_with = data.read_meta(out, unread=())["arguments"]
+    if changed := [key for key in arguments if arguments[key] != made_with.get(key)]:
         problem = f"{out} was prepared with different {', '.join(changed)}"
         raise UserError(f"{problem}; choose a different --out or remove it")
     print(f"{out} is up to date")
@@ -326,7 +322,7 @@ def main():
         found = f"workers {config.workers}, val_fraction {config.val_fraction}"
         raise UserError(f"{found}; expected workers >= 1, 0 < val_fraction < 1")
     out = Path(config.out).expanduser()
-    with storage.lock(out):  # before looking at what it holds
+    with storage.lock(out.with_name(f".lock-{out.name}")):  # before looking at what it holds
         prepare(config, out)
 
 

@@ -257,10 +257,11 @@ def loop(config: TrainConfig) -> Path:
         state = resume.resume(path, model, optimizer, scaler, fixed | made_from, config.override.split(","))
         start_step, evaluated_at = state["step"], state["evaluated_at"]
         processes.say(f"resuming from {path}: step {start_step} of {config.max_steps}")
-        if start_step == config.max_steps:
-            # a kill may have cut this short after the last save
+        if start_step == config.max_steps:  # a kill may have cut this short after the last save
             processes.on_rank_0(storage.prune, out_dir, config.keep_checkpoints, stable_steps(config))
             return path
+    elif rank == 0 and (log := out_dir / "metrics.jsonl").is_file():
+        log.replace(out_dir / "metrics-old.jsonl")  # of a run without checkpoints
 
     # ---- loop: `step` updates have been made
     parallel = processes.distribute(model, device)

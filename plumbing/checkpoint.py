@@ -1,6 +1,6 @@
 """A checkpoint is a Hugging Face directory: what is in it, and how a run writes it.
 
-    python train.py config/demo.toml --max_steps=100 --out_dir=out/mine    # writes two of them
+    python train.py config/demo.toml --max_steps=100 --out_dir=out/mine    # leaves one
     python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained('out/.../step-00000600')"
 
 config.json            GPT2Config's fields, and ours: bias, tokenizer

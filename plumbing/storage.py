@@ -1,7 +1,7 @@
-"""Atomic directories of files and tensors: publish, verify, find, lock. Any model family.
+"""Atomic directories, of a model or of data: publish, verify, find, lock.
 
     python -c "from plumbing import storage; storage.verify(storage.Path('out/.../step-00000600'))"
-    python -c "from plumbing import storage; print(*storage.read_tensors(storage.resolve('gpt2')))"
+    python -c "from plumbing import storage; print(*storage.steps('out/demo/reference'))"
 
 A directory is written under a temporary name, flushed to the disk and renamed, so one that has its
 name is complete. manifest.json, written last, holds the size and sha256 of every other file.
@@ -73,7 +73,7 @@ def read_json(path: Path) -> dict:
     """A JSON file that holds an object. Raises UserError if it does not, or cannot be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: found a {type(value).__name__}, expected a JSON object")
@@ -97,17 +97,6 @@ def copy_tokenizer(source: Path, directory: Path):
 # ---- publish, verify, find
 
 
-def seal(files: list[Path]):
-    """Flush a directory's files to the disk, then write manifest.json: size and sha256 of each."""
-    directory = files[0].parent
-    for file in files:
-        file.chmod(directory.stat().st_mode & 0o666)  # the umask's; safetensors writes 0600
-        fsync(file)
-    entries = {file.name: [file.stat().st_size, sha256_of(file)] for file in files}
-    write_json(directory / "manifest.json", {"format": 1, "files": entries})
-    fsync(directory)
-
-
 @contextlib.contextmanager
 def publish(path: str | Path):
     """A directory to fill, which becomes `path` atomically. UserError if that is not possible."""
@@ -119,7 +108,13 @@ def publish(path: str | Path):
     try:
         partial.mkdir(parents=True)
         yield partial
-        seal(sorted(partial.iterdir()))
+        files = sorted(partial.iterdir())
+        for file in files:
+            file.chmod(partial.stat().st_mode & 0o666)  # the umask's; safetensors writes 0600
+            fsync(file)
+        entries = {file.name: [file.stat().st_size, sha256_of(file)] for file in files}
+        write_json(partial / "manifest.json", {"format": 1, "files": entries})
+        fsync(partial)
         os.rename(partial, path)
         fsync(path.parent)
     except (OSError, SafetensorError, ValueError) as error:  # ValueError: NaN in a JSON file
@@ -131,7 +126,7 @@ def publish(path: str | Path):
 
 
 def verify(path: Path, unread: tuple = ()) -> dict:
-    """The files of a sealed directory: name -> [size, sha256]. Raises UserError unless they match.
+    """The files of a published directory: name -> [size, sha256]. Raises UserError unless they match.
 
     Weights that the manifest does not list are an error too. Names in `unread` match by size.
     """
@@ -139,7 +134,7 @@ def verify(path: Path, unread: tuple = ()) -> dict:
     listed |= {file.name: None for file in path.glob("model*.safetensors*") if file.name not in listed}
     for name, entry in listed.items():
         file = path / name
-        trusted = entry[1] if name.endswith(unread) else ""
+        trusted = entry[1] if entry and name.endswith(unread) else ""
         if not file.is_file() or [file.stat().st_size, trusted or sha256_of(file)] != entry:
             raise UserError(f"{file}: sha256 mismatch, no file or not listed; {path} is damaged")
     return listed
@@ -189,6 +184,4 @@ def lock(directory: str | Path):
     with held:
         for leftover in directory.glob(".tmp-step-*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        if (log := directory / "metrics.jsonl").is_file() and not steps(directory):
-            log.replace(directory / "metrics-old.jsonl")  # of a run without checkpoints
         yield

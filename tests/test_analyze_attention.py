@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import call_script, random_model
+from conftest import call_script, publish_again, random_model
 from test_decoders import save
 
 import analyze_attention
 import prepare_data
 from analyze_attention import MEASURES, AnalyzeConfig, Measure, analyze, k_star, m_star, sink, stored, track
-from plumbing import checkpoint, figures, pretrained, storage
+from plumbing import checkpoint, figures, pretrained
 from plumbing.configurator import UserError
 
 # ---- The definitions, word for word and independent of the project's code
@@ -69,7 +69,7 @@ def corpus(tmp_path_factory, documents) -> Path:
         tokens.tofile(folder / f"{split}.bin")
         meta["splits"][split] = {"tokens": len(tokens), "documents": len(texts), "max_id": 256}
     (folder / "meta.json").write_text(json.dumps(meta))
-    storage.seal(sorted(folder.iterdir()))
+    publish_again(folder)
     return folder
 
 
@@ -300,7 +300,7 @@ def test_a_stored_analysis_is_reused_only_for_the_same_weights_data_and_settings
         assert not same(**change)
     elsewhere = shutil.copytree(corpus, tmp_path / "elsewhere")
     (elsewhere / "val.bin").write_bytes(bytes(2) + (elsewhere / "val.bin").read_bytes()[2:])
-    storage.seal([*sorted(elsewhere.glob("[!m]*")), elsewhere / "meta.json"])
+    publish_again(elsewhere)
     assert not same(folder=elsewhere)
     (tmp_path / "a/attention.json").write_text("{")  # damaged: measured again
     assert not same()

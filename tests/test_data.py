@@ -1,6 +1,7 @@
 """data.py and prepare_data.py: the order is frozen, damaged files are refused."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -74,10 +75,7 @@ def flip(path, position=1000):
 
 
 def damage(tmp_path, data_dir, change) -> object:
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for name in ("train.bin", "val.bin", "meta.json", "manifest.json"):
-        (copy / name).write_bytes((data_dir / name).read_bytes())
+    copy = shutil.copytree(data_dir, tmp_path / "copy")
     change(copy)
     return copy
 
@@ -96,7 +94,7 @@ EDITS = [('"<u2"', '"<f2"'), ('"<u2"', '"<i2"'), ('"max_id": ', '"max_id": -'), 
     [
         (lambda d: (d / "meta.json").unlink(), "meta.json: .*no file"),
         (lambda d: (d / "meta.json").write_text("{"), "meta.json: "),
-        (lambda d: (d / "manifest.json").unlink(), "manifest.json: No such file.*prepare it with"),
+        (lambda d: (d / "manifest.json").unlink(), "manifest.json: No such file.*move .*copy away and prepare it"),
         (lambda d: (d / "manifest.json").write_text("[]"), "expected a JSON object"),
         (lambda d: (d / "val.bin").unlink(), "val.bin: .*no file"),
         (lambda d: (d / "train.bin").write_bytes((d / "train.bin").read_bytes()[:-1]), "train.bin: sha256 mismatch"),

@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -343,12 +344,12 @@ def test_a_mistake_in_the_command_is_one_line(tmp_path, capsys, arguments, words
 
 
 def test_the_default_corpus_needs_nothing_but_python_and_no_torch(tmp_path):
-    script = f"import sys, prepare_data; sys.argv = ['', 'python', '--out={tmp_path}']; prepare_data.main()"
+    script = f"import sys, prepare_data; sys.argv = ['', 'python', '--out={tmp_path}/out']; prepare_data.main()"
     script += "; print({'torch', 'datasets'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("set()\n"), done.stderr
-    assert data.read_meta(tmp_path)["splits"]["train"]["tokens"] > 5_000_000
-    first = bytes(np.fromfile(tmp_path / "train.bin", "<u2", 30).tolist()).decode()
+    assert data.read_meta(tmp_path / "out")["splits"]["train"]["tokens"] > 5_000_000
+    first = bytes(np.fromfile(tmp_path / "out/train.bin", "<u2", 30).tolist()).decode()
     assert repr(first)[1:-1] in done.stdout  # a person sees what was read
 
 
@@ -373,16 +374,22 @@ def test_a_second_run_is_up_to_date_and_other_arguments_or_files_are_refused(tmp
     assert (tmp_path / "out/train.bin").stat().st_mtime_ns == before and data.read_meta(tmp_path / "out")
 
 
-def test_what_is_damaged_is_prepared_again(tmp_path, data_dir):
-    arguments = ["files", data_dir.parent / "corpus.jsonl", "--val_fraction=0.1", f"--out={tmp_path}"]
-    assert prepare(*arguments) == 0
-    (tmp_path / "train.bin").write_bytes(b"\1" + token_files(data_dir)[0][1:])
-    assert prepare(*arguments) == 0 and token_files(tmp_path) == token_files(data_dir)
+def test_nothing_that_is_there_is_overwritten(tmp_path, data_dir, capsys):
+    """A damaged data directory, another one's, a model's: only a person can tell whether it may go."""
+    copy = shutil.copytree(data_dir, tmp_path / "copy")
+    (copy / "train.bin").write_bytes(b"\1" + token_files(data_dir)[0][1:])
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    for out, words in ((copy, "copy is damaged; move .*copy away"), (tmp_path / "model", "move .*model away")):
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        arguments = ["files", data_dir.parent / "corpus.jsonl", "--val_fraction=0.1", f"--out={out}"]
+        assert re.search(words, last_line(capsys, prepare(*arguments)))
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_two_preparations_of_one_directory_do_not_meet(tmp_path, data_dir, capsys):
-    arguments = ["files", data_dir.parent / "corpus.jsonl", f"--out={tmp_path}"]
-    with storage.lock(tmp_path):
+    arguments = ["files", data_dir.parent / "corpus.jsonl", f"--out={tmp_path / 'out'}"]
+    with storage.lock(tmp_path / ".lock-out"):
         assert "in use by another process" in last_line(capsys, prepare(*arguments))
 
 
@@ -395,16 +402,17 @@ def test_kills_at_random_moments_leave_the_bytes_of_an_uninterrupted_run(tmp_pat
         process = subprocess.Popen(
             map(str, [sys.executable, *arguments]), cwd=ROOT, stdout=subprocess.DEVNULL
         )
-        while not list(tmp_path.glob("out/*.partial")) and process.poll() is None:  # until it writes
+        while not list(tmp_path.glob(".tmp-out/*.bin")) and process.poll() is None:  # until it writes
             time.sleep(0.002)
         time.sleep(moments.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert not (tmp_path / "out/manifest.json").exists()
+        assert not (tmp_path / "out").exists()
     assert run_script(*arguments).returncode == 0
     assert prepare(*arguments[1:-1], f"--out={tmp_path / 'whole'}") == 0
     assert token_files(tmp_path / "out") == token_files(tmp_path / "whole")
-    assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == [
+    assert not (tmp_path / ".tmp-out").exists()  # what a kill had left
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "manifest.json",
         "meta.json",
         "tokenizer.json",
@@ -421,8 +429,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_that_looks_finished(tmp_path
     monkeypatch.setattr(storage, "fsync", full)
     code = prepare("files", data_dir.parent / "corpus.jsonl", f"--out={tmp_path / 'out'}")
     assert "No space left on device" in last_line(capsys, code, 1)
-    with pytest.raises(UserError, match="manifest.json: No such file"):
-        data.read_meta(tmp_path / "out")
+    assert [path.name for path in tmp_path.glob("*out*")] == [".lock-out"]
 
 
 # ---- the hub's corpora, from a directory laid out like a repository

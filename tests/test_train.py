@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, call_script, options, read_metrics, run_script
+from conftest import ROOT, TINY, call_script, options, publish_again, read_metrics, run_script
 from safetensors.torch import load_file
 
 import train
@@ -173,7 +173,7 @@ def test_ten_losses_are_those_that_were_once_measured(tmp_path):
         splits[split] = {"tokens": n, "documents": 1, "max_id": int(tokens.max())}
     meta = {"tokenizer": "bytes", "eot": 256, "dtype": "<u2", "splits": splits}
     (folder / "meta.json").write_text(json.dumps(meta))
-    storage.seal(sorted(folder.iterdir()))
+    publish_again(folder)
     run(folder, tmp_path / "run", max_steps=10, scale_attn_by_inverse_layer_idx=True)
     found = [line["train_loss"] for line in read_metrics(tmp_path / "run") if "train_loss" in line]
     assert found == pytest.approx(GOLDEN, abs=1e-5)
@@ -225,7 +225,7 @@ def test_tracking_is_told_the_beginning_of_text_of_the_data(data_dir, tmp_path, 
     copy, told = shutil.copytree(data_dir, tmp_path / "data"), []
     meta = json.loads((copy / "meta.json").read_text()) | {"begin": [256]}
     (copy / "meta.json").write_text(json.dumps(meta))
-    storage.seal([*sorted(copy.glob("*.bin")), copy / "meta.json"])
+    publish_again(copy)
     monkeypatch.setattr("analyze_attention.track", lambda model, tokens, begin: told.append(begin) or {})
     run(copy, tmp_path / "run", max_steps=0, track_rank=True)
     assert told == [[256]]
@@ -318,6 +318,9 @@ def test_a_damaged_newest_checkpoint_is_made_again(straight, data_dir, tmp_path,
 def test_a_run_that_died_before_its_first_checkpoint_leaves_no_line_behind(data_dir, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "val_loss": 9.9}\n{"step": 1, "train')
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        run(data_dir, tmp_path / "run", max_steps=2, resume=True)
+    assert [path.name for path in (tmp_path / "run").glob("m*")] == ["metrics.jsonl"]  # a mistake moves nothing
     run(data_dir, tmp_path / "run", max_steps=2, resume="auto")
     assert [line["step"] for line in read_metrics(tmp_path / "run") if "val_loss" in line] == [0, 2]
 
@@ -520,16 +523,13 @@ def test_a_log_line_that_cannot_be_written_loses_no_run(data_dir, tmp_path, caps
 
 
 def test_other_data_cannot_be_resumed_with(straight, data_dir, tmp_path):
-    copy = tmp_path / "data"
-    copy.mkdir()
-    for name in ("train.bin", "val.bin", "meta.json", "manifest.json"):
-        (copy / name).write_bytes((data_dir / name).read_bytes())
+    copy = shutil.copytree(data_dir, tmp_path / "data")
     content = bytearray((copy / "train.bin").read_bytes())
     content[0] ^= 1
     (copy / "train.bin").write_bytes(content)
     with pytest.raises(UserError, match="train.bin: sha256 mismatch"):  # what the manifest says is not believed
         run(copy, stop_at_10(straight, tmp_path), dropout=0.1, resume=True)
-    storage.seal([copy / name for name in ("train.bin", "val.bin", "meta.json")])
+    publish_again(copy)
     with pytest.raises(UserError, match="data: .*--override=data"):
         run(copy, stop_at_10(straight, tmp_path), dropout=0.1, resume=True)
 

@@ -77,7 +77,7 @@ def check_tokenizer(path: Path, meta: dict):
     """UserError if a model reads other tokens than the data has. Without a tokenizer: those of gpt2."""
     table = storage.read_json(path / "config.json")
     theirs, ours = vocabulary(path), vocabulary(Path(meta["directory"]))
-    is_openai_s = table.get("model_type") == "gpt2" and table.get("vocab_size", 0) >= 50257
+    is_openai_s = table.get("model_type") == "gpt2" and table.get("vocab_size") in (50257, 50304)
     found = table.get("tokenizer", "gpt2" if theirs is None and is_openai_s else str(path))
     other_name = found != meta["tokenizer"]
     other_tokens = theirs != ours if theirs and ours else other_name

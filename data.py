@@ -21,19 +21,18 @@ from plumbing import storage
 from plumbing.configurator import UserError
 
 
-def read_meta(data_dir: str | Path, unread: tuple = (".bin",)) -> dict:
+def read_meta(data_dir: str | Path, content: bool = False) -> dict:
     """The meta.json of a data directory, its path, and the sha256 of each split's tokens.
 
-    UserError unless it is complete and unchanged; of files that end in one of `unread` only the size
-    is compared. With unread=() all are read: seconds for ten gigabytes.
+    UserError unless it is complete and unchanged. With `content`, the tokens are read to see that.
     """
     path = Path(data_dir).expanduser()
     try:
-        listed = storage.verify(path, unread)
+        listed = storage.verify(path, unread=() if content else (".bin",))
         meta = storage.read_json(path / "meta.json")
     except UserError as error:
-        remedy = f"move {path} away and prepare it" if path.exists() else "prepare it"
-        raise UserError(f"{error}; {remedy} with: python prepare_data.py SOURCE --out={path}") from None
+        remedy = "prepare one in a new place: python prepare_data.py SOURCE --out=DIR"
+        raise UserError(f"{error}; expected a data directory; {remedy}") from None
     sha256 = {split: listed[f"{split}.bin"][1] for split in meta["splits"]}
     return meta | {"directory": str(path), "sha256": sha256}
 

@@ -1,7 +1,7 @@
 """Inheritune, the whole recipe: reference, analysis, rounds of inherit and train, baselines.
 
     python inheritune.py config/demo.toml                             # minutes on a laptop's CPU
-    python inheritune.py config/single_gpu.toml --reference=gpt2-medium  # from a trained model
+    python inheritune.py config/single_gpu.toml                       # from a trained model
     torchrun --standalone --nproc_per_node=4 inheritune.py config/demo.toml --micro_batch=8
 
 Rerun the same command to resume: complete stages are skipped. All models of one seed see the same
@@ -48,7 +48,7 @@ class RecipeConfig(TrainConfig):
         """Layers of the reference."""
         if self.reference:
             return pretrained.read_config(model_files.resolve(self.reference)).n_layer
-        return self.n_layer or GPTConfig.n_layer
+        return GPTConfig.n_layer if self.n_layer is None else self.n_layer
 
     @property
     def first_k(self) -> int:
@@ -58,7 +58,7 @@ class RecipeConfig(TrainConfig):
         super().__post_init__()
         self.seeds = list(dict.fromkeys(self.seeds))  # a seed given twice would count twice
         if not 1 <= self.first_k <= self.n:
-            raise UserError(f"start_layers is {self.first_k}, expected 1 to {self.n} (the reference's)")
+            raise UserError(f"start_layers is {self.first_k}, expected 1 to {self.n}, the reference's layers")
         for key in ("expand_by", "sequences", "max_steps"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key} is {getattr(self, key)}, expected at least 1")
@@ -161,7 +161,7 @@ class Models:
         return model_files.resolve(Path(settings.out_dir) / step)
 
     def make(self, name: str, model: Plan, directory: str) -> tuple[Path, list[Path]]:
-        """Inherit and train (Inheritune steps 1, 2), once. Returns the checkpoint and its sources."""
+        """Inherit and train (Inheritune steps 1, 2), once. Returns checkpoint and sources."""
         out_dir, sources = self.out_dir / directory, []
         settings = train_config(self.config, model, self.seed, out_dir)
         if model.layers:

@@ -64,7 +64,7 @@ class PrepareConfig:
     max_tokens: int | None = None  # end train.bin with the last complete document within this
     repository: str | None = None  # hub: a different copy of the corpus, or a directory like one
     config_name: str | None = None  # hub: part of the repository; sample-10BT for fineweb-edu
-    data_files: str | None = None  # hub: only these files of it; sample/10BT/00[01]*.parquet
+    data_files: str | None = None  # hub: only some files of it, as sample/10BT/00[01]*.parquet
     site_packages: bool = False  # python: add the source of every installed package
     sample_by: Literal["document", "paragraph", "line"] = "document"  # what .txt and .md hold
     text_column: str = "text"  # column of a table, or key of a JSON object, that holds the text
@@ -86,7 +86,7 @@ def split(n_documents: int, val_fraction: float, seed: int) -> dict[str, np.ndar
     """Split -> its documents, in the order they are written; nanoGPT's train_test_split."""
     order = np.random.default_rng(seed).permutation(n_documents)
     n_val = math.ceil(n_documents * val_fraction)
-    return {"val": order[:n_val], "train": order[n_val:]}  # val first: a mistake shows after seconds
+    return {"val": order[:n_val], "train": order[n_val:]}  # val first: mistakes show in seconds
 
 
 # ---- sources: each gives items, read(item) -> the text of a document, and its origin
@@ -208,8 +208,8 @@ def from_hub(config: PrepareConfig, _):
         origin = {"repository": repository, "config_name": part, "revision": commit}
         return items, lambda item: item.as_py(), {"source": config.source} | origin
     raise UserError(
-        f"{config.source} could not be loaded ({'; '.join(reasons)}); check --repository and "
-        "--config_name, or set HF_HOME to a folder that has it"
+        f"{config.source} could not be loaded ({'; '.join(reasons)}); check --repository, "
+        "--config_name and --data_files, or set HF_HOME to a folder that has it"
     )
 
 
@@ -277,7 +277,7 @@ def write(config: PrepareConfig, directory: Path, source, encoding, arguments: d
             remedy = "add documents, or change --sample_by, --val_fraction or --max_tokens"
             raise UserError(f"{name}: found {found}, expected {expected}; {remedy}")
         start = encoding.decode(np.fromfile(path, dtype, 60).tolist())  # shows a wrong column
-        print(f"{name}: {entry['tokens']:,} tokens, {entry['documents']:,} documents: {start!r}")
+        configurator.say(f"{name}: {entry['tokens']:,} tokens, {entry['documents']:,} documents: {start!r}")
 
     tokenizers.write_files(encoding, directory)
     meta = {
@@ -301,13 +301,14 @@ def prepare(config: PrepareConfig, out: Path):
     stats = [(path.resolve(), path.stat()) for path in files]
     arguments["paths"] = [[str(path), found.st_size, found.st_mtime_ns] for path, found in stats]
     arguments["python"] = platform.python_version() if config.source == "python" else None
-    if not out.exists():
-        encoding = tokenizers.tokenizer(config.tokenizer)  # before anything long
-        read_source = {"python": from_python, "files": from_files}.get(config.source, from_hub)
-        source = read_source(config, files)
-        with storage.publish(out) as directory:
-            return write(config, directory, source, encoding, arguments)
-    made_with = data.read_meta(out, unread=())["arguments"]
+    if storage.is_free(out):
+        with storage.lock(out.absolute().with_name(f".lock-{out.absolute().name}")):
+            encoding = tokenizers.tokenizer(config.tokenizer)  # before anything long
+            read_source = {"python": from_python, "files": from_files}.get(config.source, from_hub)
+            source = read_source(config, files)
+            with storage.publish(out) as directory:
+                return write(config, directory, source, encoding, arguments)
+    made_with = data.read_meta(out, content=True)["arguments"]
     if changed := [key for key in arguments if arguments[key] != made_with.get(key)]:
         problem = f"{out} was prepared with different {', '.join(changed)}"
         raise UserError(f"{problem}; choose a different --out or remove it")
@@ -316,14 +317,13 @@ def prepare(config: PrepareConfig, out: Path):
 
 def main():
     config = configurator.load(PrepareConfig)
-    if bool(config.paths) != (config.source == "files"):
-        raise UserError(f"found {config.source} with paths {config.paths}; only files has paths")
+    if bool(config.paths) != (config.source == "files") or (config.data_files and config.source not in HUB):
+        found = f"{config.source} with paths {config.paths}, data_files {config.data_files}"
+        raise UserError(f"found {found}; only files has paths, only hub corpora have data_files")
     if config.workers < 1 or not 0 < config.val_fraction < 1:
         found = f"workers {config.workers}, val_fraction {config.val_fraction}"
         raise UserError(f"{found}; expected workers >= 1, 0 < val_fraction < 1")
-    out = Path(config.out).expanduser()
-    with storage.lock(out.with_name(f".lock-{out.name}")):  # before looking at what it holds
-        prepare(config, out)
+    prepare(config, Path(config.out).expanduser())
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ class TrainConfig(ModelOptions):
     micro_batch: int = may_change(8)  # sequences at a time on one process; only a matter of memory
     eval_interval: int = may_change(1_000)  # steps between evaluations on all validation windows
     save_interval: int = may_change(1_000)  # steps between checkpoints
-    keep_checkpoints: int = may_change(1)  # the newest ones; of wsd also that before its decay
+    keep_checkpoints: int = may_change(1)  # the newest ones; with wsd also the one before the decay
     log_interval: int = may_change(10)  # steps between lines in metrics.jsonl
     track_rank: bool = may_change(False)  # log each layer's attention measures on 8 windows when evaluated
     device: str = may_change("auto")  # cuda, mps or cpu
@@ -88,10 +88,10 @@ class TrainConfig(ModelOptions):
         limits |= dict.fromkeys(("max_steps", "grad_clip", "weight_decay"), (0, math.inf))
         limits["seed"] = (0, 2**32 - 1)
         limits |= {"alpha": (0, 1), "tau": (1e-3, math.inf), "decay_fraction": (0, 1), "min_lr": (0, self.lr)}
-        limits["warmup_steps"] = (0, stable_steps(self) or self.max_steps or math.inf)  # before the decay
+        limits["warmup_steps"] = (0, stable_steps(self) or self.max_steps or math.inf)
         for key, (least, most) in limits.items():
             if not least <= (value := getattr(self, key)) <= most:
-                why = ", the steps before the decay" if key == "warmup_steps" else ""
+                why = " (before the decay)" if key == "warmup_steps" and stable_steps(self) else ""
                 raise UserError(f"{key} is {value}, expected {least} to {most}{why}")
 
 
@@ -211,7 +211,7 @@ def save(config: TrainConfig, meta: dict, model, optimizer, scaler, state: dict,
 def set_up(config: TrainConfig):
     """(hardware, the data's meta.json, model, teacher or None, where both come from). UserError."""
     hardware = machine.pick(config.device, config.dtype, config.deterministic)
-    meta = processes.on_rank_0(data.read_meta, config.data_dir, ())
+    meta = processes.on_rank_0(data.read_meta, config.data_dir, True)
     options = {f.name: value for f in fields(GPTConfig) if (value := getattr(config, f.name)) is not None}
     model, lineage = checkpoint.open_model(config.init_from, meta, hardware.wide, options, config.seed)
     same = {key: getattr(model.config, key) for key in ("vocab_size", "block_size")}
@@ -250,7 +250,7 @@ def loop(config: TrainConfig) -> Path:
     made_from |= {"data": meta["sha256"]}
     start_step, evaluated_at = 0, None
     if processes.on_rank_0(storage.steps, out_dir) or config.resume is True:
-        from plumbing import resume  # imported where it is used
+        from plumbing import resume  # only a resumed run needs it
 
         path = processes.on_rank_0(resume.to_resume, out_dir, config.resume)
         fixed = {f.name: getattr(config, f.name) for f in fields(config) if not f.metadata.get("may_change")}
@@ -332,8 +332,8 @@ def loop(config: TrainConfig) -> Path:
 
 def train(config: TrainConfig) -> Path:
     """Train with out_dir locked. Returns the last checkpoint. UserError, also after a signal."""
-    is_rank_0 = processes.rank_and_world_size()[0] == 0
-    with storage.lock(config.out_dir) if is_rank_0 else contextlib.nullcontext():
+    with contextlib.ExitStack() as held:
+        processes.on_rank_0(held.enter_context, storage.lock(config.out_dir))
         return loop(config)
 
 

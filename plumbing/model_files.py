@@ -27,7 +27,7 @@ def resolve(name: str | Path, needed: str = "config.json") -> Path:
         verify(path)
     if (path / needed).is_file():
         return path
-    reason = "pickles are not loaded"
+    reason = f"found no {needed} there; pickles are not loaded"
     if not path.exists() and not Path(path.parts[0]).exists():  # nor a path that is misspelt
         import huggingface_hub  # imported here: local work never needs the hub
 

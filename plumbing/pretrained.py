@@ -77,15 +77,15 @@ def check_tokenizer(path: Path, meta: dict):
     """UserError if a model reads other tokens than the data has. Without a tokenizer: those of gpt2."""
     table = storage.read_json(path / "config.json")
     theirs, ours = vocabulary(path), vocabulary(Path(meta["directory"]))
-    is_openai_s = table.get("model_type") == "gpt2" and table.get("vocab_size") in (50257, 50304)
-    found = table.get("tokenizer", "gpt2" if theirs is None and is_openai_s else str(path))
+    is_openai = table.get("model_type") == "gpt2" and table.get("vocab_size") in (50257, 50304)
+    found = table.get("tokenizer", "gpt2" if theirs is None and is_openai else str(path))
     other_name = found != meta["tokenizer"]
     other_tokens = theirs != ours if theirs and ours else other_name
     if other_tokens:
-        named = "" if other_name else " (another vocabulary of that name)"
-        remedy = f"prepare it anew with --tokenizer={path if named or '/' in found else found}"
+        note = "" if other_name else " (another vocabulary of that name)"
+        remedy = f"prepare it anew with --tokenizer={path if note or '/' in found else found}"
         raise UserError(
-            f"{path} reads tokens of {found!r}{named}, the data in {meta['directory']} those of "
+            f"{path} reads tokens of {found!r}{note}, the data in {meta['directory']} those of "
             f"{meta['tokenizer']!r}; {remedy}"
         )
 
@@ -106,8 +106,8 @@ def stored_weights(path: Path) -> dict[str, torch.Tensor]:
 def load_model(name: str | Path, dtype=torch.float32, options: dict | None = None, fresh=False) -> GPT:
     """The model in a checkpoint, a run or on the hub, on the CPU, in evaluation mode. UserError.
 
-    Of GPTConfig's options, dropout applies, and a shorter block_size: the first positions. All
-    apply to a `fresh` model (random weights). Another family: plumbing/decoders.py:Decoder.
+    Of `options` only dropout and a shorter block_size (the first positions) apply. To a `fresh` model,
+    which has random weights, all apply. Another family: plumbing/decoders.py:Decoder.
     """
     path, options = resolve(name), options or {}
     table = storage.read_json(path / "config.json")

@@ -54,7 +54,7 @@ def to_resume(run_dir: Path, resume: bool | str) -> Path:
     """The checkpoint that a run resumes from: the latest one. `resume` is True, False or "auto".
 
     Raises UserError where a fresh start would overwrite a run, or there is nothing to resume. Drops later
-    log lines and damaged later checkpoints, since the run writes them again.
+    log lines and sets damaged later checkpoints aside: the run writes them again.
     """
     found = storage.steps(run_dir)
     if found and not resume:

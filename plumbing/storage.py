@@ -97,11 +97,17 @@ def copy_tokenizer(source: Path, directory: Path):
 # ---- publish, verify, find
 
 
+def is_free(path: Path) -> bool:
+    """Whether nothing is at a path, or an empty directory."""
+    empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    return empty or not os.path.lexists(path)
+
+
 @contextlib.contextmanager
 def publish(path: str | Path):
     """A directory to fill, which becomes `path` atomically. UserError if that is not possible."""
     path = Path(path).expanduser()
-    if path.exists():
+    if not is_free(path):
         raise UserError(f"{path} exists already; remove it or choose a different place")
     partial = path.with_name(f".tmp-{path.name}")
     shutil.rmtree(partial, ignore_errors=True)  # of a killed process
@@ -126,9 +132,9 @@ def publish(path: str | Path):
 
 
 def verify(path: Path, unread: tuple = ()) -> dict:
-    """The files of a published directory: name -> [size, sha256]. Raises UserError unless they match.
+    """The files of a published directory: name -> [size, sha256]. UserError unless they match.
 
-    Weights that the manifest does not list are an error too. Names in `unread` match by size.
+    Unlisted weights are an error too. Of names that end in one of `unread`, only the size has to.
     """
     listed = read_json(path / "manifest.json").get("files", {"manifest.json": None})
     listed |= {file.name: None for file in path.glob("model*.safetensors*") if file.name not in listed}

@@ -34,7 +34,7 @@ class HuggingFaceTokenizer:
         first, alone = (self.rust.encode("a", add_special_tokens=on).ids for on in (True, False))
         self.begin = first[: first.index(alone[0])]  # [bos] of models that were trained with one
         token = storage.read_json(folder / "tokenizer_config.json").get("eos_token", END_OF_TEXT)
-        content = token["content"] if isinstance(token, dict) else token  # GPT-2's own names none
+        content = token["content"] if isinstance(token, dict) else token  # GPT-2's file has none
         self.eot_token = self.rust.token_to_id(content or "")
         if self.eot_token is None:
             raise UserError(f"{folder}: eos_token is {token!r}, expected one of tokenizer.json's")

@@ -11,7 +11,7 @@
 # Nothing here was run on a GPU yet. ESTIMATED, not measured: hours = FLOPs / (40% of the GPU's dense bf16 peak: H100
 # 989e12 a second, A100 312e12, RTX 4090 165.2e12); FLOPs = model.py's flops_per_token x 49,152 tokens x steps.
 # Validation and the preparation come on top. The text is 2 of 14 files of FineWeb-Edu's sample: 4.3 GB to download, and
-# about twice that on disk. The checkpoints of (a) take about 30 GB.
+# about twice that on disk. The checkpoints of (a) take some 27, 43 or 83 GB if 12, 16 or no layers match.
 #
 # (a) config/single_gpu.toml. GPT-2 medium was trained by OpenAI, at a cost that is not known.
 #   model                      layers    steps     FLOPs     H100     A100 RTX 4090
@@ -42,7 +42,8 @@ PATH="$PWD/.venv/bin:$PATH" # what `make demo` has installed, if it was run
 
 case "${1:-}" in
     a | b) parts=$1 && shift ;;
-    *) parts="a b" ;;
+    "" | -*) parts="a b" ;;
+    *) echo "error: found $1, expected a, b or an option of inheritune.py" >&2 && exit 2 ;;
 esac
 python prepare_data.py fineweb-edu --data_files='sample/10BT/00[01]*.parquet' --tokenizer=gpt2 \
     --max_tokens=1_000_000_000 --out=data/fineweb-edu-1b

@@ -94,7 +94,7 @@ EDITS = [('"<u2"', '"<f2"'), ('"<u2"', '"<i2"'), ('"max_id": ', '"max_id": -'), 
     [
         (lambda d: (d / "meta.json").unlink(), "meta.json: .*no file"),
         (lambda d: (d / "meta.json").write_text("{"), "meta.json: "),
-        (lambda d: (d / "manifest.json").unlink(), "manifest.json: No such file.*move .*copy away and prepare it"),
+        (lambda d: (d / "manifest.json").unlink(), "manifest.json: No such file.*prepare one in a new place"),
         (lambda d: (d / "manifest.json").write_text("[]"), "expected a JSON object"),
         (lambda d: (d / "val.bin").unlink(), "val.bin: .*no file"),
         (lambda d: (d / "train.bin").write_bytes((d / "train.bin").read_bytes()[:-1]), "train.bin: sha256 mismatch"),
@@ -106,7 +106,7 @@ EDITS = [('"<u2"', '"<f2"'), ('"<u2"', '"<i2"'), ('"max_id": ', '"max_id": -'), 
 )
 def test_a_damaged_data_directory_is_refused(tmp_path, data_dir, change, words):
     with pytest.raises(UserError, match=words):
-        data.read_meta(damage(tmp_path, data_dir, change), unread=())
+        data.read_meta(damage(tmp_path, data_dir, change), content=True)
 
 
 def test_opening_tokens_does_not_read_ten_gigabytes_to_compare_them(data_dir, monkeypatch):
@@ -114,7 +114,7 @@ def test_opening_tokens_does_not_read_ten_gigabytes_to_compare_them(data_dir, mo
     monkeypatch.setattr(storage, "sha256_of", lambda path: read.append(path.name) or sha256_of(path))
     data.open_tokens(data_dir, "train", 32, 257)
     assert "meta.json" in read and not {"train.bin", "val.bin"} & set(read)
-    data.read_meta(data_dir, unread=())
+    data.read_meta(data_dir, content=True)
     assert {"train.bin", "val.bin"} <= set(read)
 
 

@@ -306,6 +306,7 @@ def test_an_edited_setting_of_a_baseline_is_refused(finished, tmp_path, monkeypa
         (["--max_steps=0", "--warmup_steps=0"], "max_steps is 0, expected at least 1"),
         (["--seeds", "1", "5000000000"], "seed is 5000000000, expected 0 to 4294967295"),
         (["--once", "randm"], "baselines.py: unknown key 'randm'; did you mean 'random'?"),
+        (["--n_layer=0"], "start_layers is 1, expected 1 to 0"),
         (["--start_layers=0"], "start_layers is 0, expected 1 to 4"),
         (["--sequences=0"], "sequences is 0, expected at least 1"),
         (["--expand_by=0"], "expand_by is 0, expected at least 1"),
@@ -316,7 +317,7 @@ def test_an_edited_setting_of_a_baseline_is_refused(finished, tmp_path, monkeypa
         (["--dropout=2"], "reference: "),
         (["--micro_batch=7"], "reference: tokens_per_step 256 is not divisible by micro_batch 7"),
         (["--warmup_steps=21"], "warmup_steps is 21"),
-        (["--data_dir=nowhere"], "nowhere/manifest.json: No such file or directory; prepare it with"),
+        (["--data_dir=nowhere"], "nowhere/manifest.json: No such file or directory; expected a data directory"),
         (["--device=cuda"], "device 'cuda' is not available"),
     ],
 )

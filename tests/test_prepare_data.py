@@ -329,6 +329,7 @@ def test_the_same_file_by_two_spellings_and_files_of_two_kinds_are_refused(tmp_p
         (["files"], "paths ()"),
         (["files", "nowhere.txt"], "nowhere.txt: found no file"),
         (["python", "a.txt"], "only files has paths"),
+        (["python", "--data_files=a*"], "data_files a*; only files has paths, only hub corpora have data_files"),
         (["python", "--tokenizer=gpt7"], "tokenizer 'gpt7': "),
         (["python", "--val_fraction=0"], "val_fraction 0.0; expected workers >= 1, 0 < val_fraction < 1"),
         (["python", "--val_fraction=1.5"], "val_fraction 1.5; expected workers >= 1, 0 < val_fraction < 1"),
@@ -380,7 +381,7 @@ def test_nothing_that_is_there_is_overwritten(tmp_path, data_dir, capsys):
     (copy / "train.bin").write_bytes(b"\1" + token_files(data_dir)[0][1:])
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    for out, words in ((copy, "copy is damaged; move .*copy away"), (tmp_path / "model", "move .*model away")):
+    for out, words in ((copy, "copy is damaged; .* in a new place"), (tmp_path / "model", "manifest.json: No such file")):
         before = {path.name: path.read_bytes() for path in out.iterdir()}
         arguments = ["files", data_dir.parent / "corpus.jsonl", "--val_fraction=0.1", f"--out={out}"]
         assert re.search(words, last_line(capsys, prepare(*arguments)))
@@ -468,6 +469,21 @@ def test_fineweb_edu_is_read_by_config_name(tmp_path, repository, documents):
         meta = data.read_meta(out)
         assert meta["config_name"] == f"sample-{'10BT' if share == 30 else '100BT'}" and meta["revision"]
         assert meta["splits"]["val"]["documents"] == 1  # nanoGPT's 0.0005
+
+
+def test_an_empty_directory_is_filled_and_what_is_there_is_verified_without_writing_beside_it(tmp_path, data_dir):
+    (tmp_path / "empty").mkdir()
+    arguments = ["files", data_dir.parent / "corpus.jsonl", "--val_fraction=0.1", f"--out={tmp_path / 'empty'}"]
+    assert prepare(*arguments) == 0 and token_files(tmp_path / "empty") == token_files(data_dir)
+    (tmp_path / ".lock-empty" / ".lock").unlink(missing_ok=True)
+    (tmp_path / ".lock-empty").rmdir()
+    assert prepare(*arguments) == 0 and [path.name for path in tmp_path.glob("*empty*")] == ["empty"]
+
+
+def test_a_link_that_leads_nowhere_is_refused_before_anything_is_encoded(tmp_path, data_dir, capsys):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    code = prepare("files", data_dir.parent / "corpus.jsonl", f"--out={tmp_path / 'link'}")
+    assert "expected a data directory" in last_line(capsys, code) and "train:" not in capsys.readouterr().out
 
 
 def test_some_files_of_a_repository_can_be_read_alone(tmp_path, repository, documents):

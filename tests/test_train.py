@@ -418,7 +418,7 @@ def test_one_compiled_block_serves_all_layers(data_dir, tmp_path, monkeypatch, c
     [
         (["--n_head=3"], "n_embd 32 is not divisible by n_head 3"),
         (["--tokens_per_step=1000"], "tokens_per_step 1000 is not divisible by micro_batch 4 x block_size 32 x 1"),
-        (["--data_dir=nowhere"], "nowhere/manifest.json: No such file or directory; prepare it with"),
+        (["--data_dir=nowhere"], "nowhere/manifest.json: No such file or directory; expected a data directory"),
         (["--warmup_steps=21"], "warmup_steps is 21, expected 0 to 20"),
         (["--lr=nan"], "min_lr is 1e-05, expected 0 to nan"),
         (["--dropout=2"], "dropout is 2.0"),

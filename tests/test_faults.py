@@ -250,6 +250,13 @@ def test_sigterm_to_torchrun_saves_one_common_step(data_dir, tmp_path):
 # ---- neighbours (60, 61)
 
 
+def test_two_processes_on_a_directory_in_use_say_so_and_nothing_else(data_dir, tmp_path):
+    settings = options(**TINY, data_dir=data_dir, out_dir=tmp_path / "run")
+    with storage.lock(tmp_path / "run"):
+        done = run_script("train.py", *settings, processes=2)
+    assert done.returncode and "is in use by another process" in done.stderr and "Connection closed" not in done.stderr
+
+
 def test_a_second_process_on_the_same_out_dir_is_refused_until_the_first_is_gone(data_dir, tmp_path):
     with running(data_dir, tmp_path / "run") as process:
         wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists())

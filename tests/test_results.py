@@ -89,6 +89,25 @@ def test_a_row_about_smollm2_is_that_of_its_run(row):
     assert last["step"] == 60 and f"| {row} | {cells} |" in RESULTS
 
 
+RATES = re.findall(r"^\| (.*) \| (adamw|muon) \| (\S+) \| (\d\.\d{4}) \|$", RESULTS, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("row,optimizer,rate,loss", RATES)
+def test_a_loss_at_another_rate_is_the_last_of_its_curve(row, optimizer, rate, loss):
+    assert lines_of(f"smollm2/rates/{SMOLLM2[row]}-{optimizer}-{rate}", "val_loss")[-1]["step"] == 60
+    assert f"{lines_of(f'smollm2/rates/{SMOLLM2[row]}-{optimizer}-{rate}', 'val_loss')[-1]['val_loss']:.4f}" == loss
+
+
+def test_what_is_said_of_other_rates_follows_from_the_table():
+    table = {(row, optimizer, rate): float(loss) for row, optimizer, rate, loss in RATES}
+    rows = ("the first 15", "spread from the first to the last", "the first 14 and the last", "the last 15")
+    first, spread, with_last, last = (table[row, "adamw", "1e-3"] for row in rows)
+    said = f"by {first - spread:.2f} nats, and the first 14 with the last by {first - with_last:.2f}."
+    assert said in " ".join(RESULTS.split()) and spread < with_last < first < last
+    best = [min(loss for key, loss in table.items() if key[:2] == ("the first 15", name)) for name in ("adamw", "muon")]
+    assert f"is {best[0] - best[1]:.2f} nats better than AdamW" in " ".join(RESULTS.split())
+
+
 @pytest.mark.parametrize(
     "run,words",
     [

@@ -265,6 +265,26 @@ def test_a_script_ends_at_the_first_stage_that_fails(fails, calls, tmp_path):
     assert code == 3 and len(made) == calls
 
 
+@pytest.mark.parametrize(
+    "arguments,parts",
+    [([], ["", "_scratch"]), (["a"], [""]), (["b", "--micro_batch=8"], ["_scratch"]), (["c"], None), (["A"], None)],
+)
+def test_the_single_gpu_script_runs_the_parts_that_are_named(arguments, parts, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/single_gpu.sh").write_text((ROOT / "runs/single_gpu.sh").read_text())
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$*"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["sh", "runs/single_gpu.sh", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    if parts is None:  # refused before the download
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        return
+    prepare, *recipes = done.stdout.splitlines()
+    assert done.returncode == 0 and prepare.startswith("prepare_data.py fineweb-edu --data_files=sample/10BT/00[01]*.parquet ")
+    assert recipes == [" ".join([f"inheritune.py config/single_gpu{part}.toml", *arguments[1:]]) for part in parts]
+
+
 def test_scoring_a_recipe_that_was_not_run_is_one_line(tmp_path):
     command = ["sh", ROOT / "runs/evaluate.sh", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

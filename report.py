@@ -148,8 +148,8 @@ def rows_of(recipe: dict, out_dir: Path) -> list[dict]:
             "latency": f"{latencies[str(config)]:.2f}",
             "verdict": verdict(difference, interval, recipe["tolerance"]) if rows else "reference",
         }
-        if model["role"] == "target" and config.n_layer == rows[0]["n_layer"]:
-            cells["verdict"] += "; no smaller one did"
+        if model["role"] == "target" and len(rows) > 1 and config.n_layer == rows[0]["n_layer"]:  # rounds
+            cells["verdict"] += "; no smaller target matched"
         rows.append({
             "name": model["name"], "role": model["role"], "paths": paths, "cells": cells,
             "n_layer": config.n_layer, "own_tokens": own, "loss": loss, "each": each,

@@ -247,7 +247,7 @@ def loop(config: TrainConfig) -> Path:
 
     # ---- resume
     made_from = {key: checkpoint.identity(lineage) for key, lineage in lineages.items()}
-    made_from |= {"data": meta["sha256"]}
+    made_from["data"] = meta["sha256"]
     start_step, evaluated_at = 0, None
     if processes.on_rank_0(storage.steps, out_dir) or config.resume is True:
         from plumbing import resume  # only a resumed run needs it

@@ -10,8 +10,9 @@
 #
 # Nothing here was run on a GPU yet. ESTIMATED, not measured: hours = FLOPs / (40% of the GPU's dense bf16 peak: H100
 # 989e12 a second, A100 312e12, RTX 4090 165.2e12); FLOPs = model.py's flops_per_token x 49,152 tokens x steps.
-# Validation and the preparation come on top. The text is 2 of 14 files of FineWeb-Edu's sample: 4.3 GB to download, and
-# about twice that on disk. The checkpoints of (a) take some 27, 43 or 83 GB if 12, 16 or no layers match.
+# Validation and the preparation come on top. The text is 2 of 14 files of FineWeb-Edu's sample: 4.3 GB to download,
+# some 14 GB on disk with the tokens (estimated). The checkpoints of (a) take 27 GB if 12 layers match, 43 GB if 16 do,
+# and 83 GB if only all 24 do: 12 bytes a parameter, two checkpoints of each model, and 4 for what it began with.
 #
 # (a) config/single_gpu.toml. GPT-2 medium was trained by OpenAI, at a cost that is not known.
 #   model                      layers    steps     FLOPs     H100     A100 RTX 4090
@@ -22,8 +23,8 @@
 #   random, twice the steps        16    20000  1.69e+18      1.2      3.8      7.1
 #   reference, trained on          24    10000  1.19e+18      0.8      2.7      5.0
 #   all of it                                   6.00e+18      4.2     13.3     25.2
-# That is if 16 layers match the reference. If 12 do, it takes 2.7, 8.6 or 16.3 hours. If none do, it grows to all 24
-# layers, and the baselines with it: 7.9, 25.1 or 47.4 hours. --tolerance=0.02 calls a loss that is 0.02 higher a match.
+# That is if 16 layers match the reference. If 12 do, it takes 2.7, 8.6 or 16.3 hours. If only all 24 do, the baselines
+# have 24 layers too: 7.9, 25.1 or 47.4 hours. --tolerance=0.02 calls a loss that is 0.02 higher a match.
 #
 # (b) config/single_gpu_scratch.toml
 #   model                      layers    steps     FLOPs     H100     A100 RTX 4090

@@ -126,6 +126,7 @@ def test_a_trained_model_is_the_reference_of_a_recipe_that_is_killed_and_resumed
     assert [each["name"] for each in recipe["models"]] == ["reference", "inherited, 4 layers", "random", "lazy layers"]
     row = next(line for line in text.splitlines() if line.startswith("| inherited"))
     assert row.split("|")[5].strip() == row.split("|")[6].strip() == "?"  # what the reference cost is unknown
+    assert "no smaller target" not in row  # none was tried
     random = pretrained.load_model(storage.latest(out_dir / "random-4"))
     assert random.config.n_layer == 4 and random.config.vocab_size == 257 and random.config.block_size == 32
     assert random.config.bias  # as the reference has them

@@ -87,7 +87,7 @@ def test_without_a_match_the_rounds_end_at_the_reference_s_size(finished):
     rounds = [("round", 1), ("round", 2), ("round", 3), ("target", 4)]
     assert read_recipe(finished[0]) == [("reference", 4), *rounds, ("baseline", 4), ("baseline", 4)]
     rows = [line for line in (finished[0] / "report.md").read_text().splitlines() if line.startswith("| inherited")]
-    assert [row.rstrip(" |").endswith("; no smaller one did") for row in rows[:4]] == [False, False, False, True]
+    assert [row.rstrip(" |").endswith("; no smaller target matched") for row in rows[:4]] == [False, False, False, True]
 
 
 def test_each_round_starts_from_the_reference_s_first_layers(finished):

@@ -194,6 +194,13 @@ def test_the_hours_on_a_single_gpu_follow_from_the_flops(monkeypatch):
             assert [float(hour) for hour in hours] == pytest.approx(in_hours, abs=0.051)
         assert float(re.search(rf"^#   all of it{number}", half, flags=re.MULTILINE)[1]) == pytest.approx(total, rel=0.01)
 
+    def hours(*layers):  # all models of (a), 10,000 steps each
+        flops = 49_152 * 10_000 * sum(replace(medium, n_layer=n).flops_per_token() for n in layers)
+        return "{:.1f}, {:.1f} or {:.1f} hours".format(*(flops / (0.4 * p) / 3600 for p in (989e12, 312e12, 165.2e12)))
+
+    assert f"If 12 do, it takes {hours(12, *[12] * 3, 24)}" in script  # random, twice the steps: two of three
+    assert f"have 24 layers too: {hours(*range(12, 26, 2), *[24] * 3, 24)}" in script
+
 
 @pytest.mark.parametrize("path", sorted((ROOT / "runs").glob("*.sh")), ids=lambda path: path.name)
 def test_every_script_is_plain_sh_and_stops_at_the_first_error(path):

@@ -89,7 +89,8 @@ class Contender:
     def take_turn(self, steps, config: TrainConfig, tokens: np.ndarray, device: torch.device):
         """Make these updates as train.py does."""
         rank, world_size = processes.rank_and_world_size()
-        accumulation = config.tokens_per_step // (config.micro_batch * config.block_size * world_size)
+        shape = config.tokens_per_step, config.micro_batch, config.block_size
+        accumulation = data.accumulation(*shape, world_size)
         start = clock(device)
         for step in steps:
             for group in self.optimizer.param_groups:
@@ -192,8 +193,7 @@ def bench(config: BenchConfig):
     hardware = machine.pick(config.device, config.dtype)
     options = {f.name: value for f in fields(GPTConfig) if (value := getattr(config, f.name)) is not None}
     shape = checkpoint.open_model("scratch", {}, torch.float32, options)[0].config  # UserError if impossible
-    config, world_size = replace(config, **asdict(shape)), processes.rank_and_world_size()[1]
-    data.accumulation(config.tokens_per_step, config.micro_batch, shape.block_size, world_size)
+    config = replace(config, dtype=str(hardware.dtype), **asdict(shape))  # no "auto"
     n_tokens = 10**6 + 2 * config.tokens_per_step + shape.block_size
     tokens = np.random.RandomState(config.seed).randint(shape.vocab_size, size=n_tokens)
     made_by = machine.versions(hardware.device)

@@ -161,11 +161,6 @@ def open_sources(settings: InheritConfig) -> tuple[list[Source], dict]:
     return sources, lineage
 
 
-def lineage_of(reference, layers, **others) -> dict:
-    """The lineage of what inherit() would write."""
-    return open_sources(InheritConfig(reference, layers, "", **others))[1]
-
-
 def source_tensors(sources: list[Source], width: float) -> dict:
     """Name -> tensor: the layers of all sources, counted through, and the first one's others."""
     found, beyond = {}, set()

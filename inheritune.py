@@ -18,7 +18,7 @@ from typing import Literal
 import data
 from analyze_attention import AnalyzeConfig, analyze, stored, suggested_layers
 from baselines import PAPER, Plan, baselines
-from inherit import inherit, lineage_of
+from inherit import InheritConfig, inherit, open_sources
 from model import GPTConfig
 from plumbing import checkpoint, machine, model_files, pretrained, processes, storage
 from plumbing.configurator import UserError
@@ -184,7 +184,7 @@ def inherit_once(source: Path, layers: list, out: Path, how: dict, seed: int):
     """Inherit into `out`, once. UserError if it was done from different weights or layers."""
     if not out.exists():
         inherit(source, layers, out, **how, seed=seed)
-    asked = checkpoint.identity(lineage_of(source, layers, **how))
+    asked = checkpoint.identity(open_sources(InheritConfig(source, layers, "", **how))[1])
     found = checkpoint.identity(pretrained.origin(out))
     differ = [key for key in asked | found if found.get(key) != asked.get(key)]
     if differ:

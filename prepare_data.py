@@ -280,16 +280,9 @@ def write(config: PrepareConfig, directory: Path, source, encoding, arguments: d
         configurator.say(f"{name}: {entry['tokens']:,} tokens, {entry['documents']:,} documents: {start!r}")
 
     tokenizers.write_files(encoding, directory)
-    meta = {
-        **origin,
-        "tokenizer": encoding.name,
-        "vocab_size": encoding.n_vocab,
-        "eot": encoding.eot_token,
-        "begin": getattr(encoding, "begin", []),  # the tokens before each document
-        "dtype": dtype,
-        "splits": splits,
-        "arguments": arguments,
-    }
+    meta = origin | {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token}
+    meta["begin"] = getattr(encoding, "begin", [])  # the tokens before each document
+    meta |= {"dtype": dtype, "splits": splits, "arguments": arguments}
     storage.write_json(directory / "meta.json", meta)
 
 

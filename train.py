@@ -142,7 +142,7 @@ def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
     if config.optimizer == "muon":
         from plumbing.muon import MuonAndAdamW  # imported where it is used
 
-        optimizer = MuonAndAdamW(model, config.weight_decay, **how)
+        optimizer = MuonAndAdamW(model, config.weight_decay, "bfloat16" in config.dtype, **how)
     else:
         optimizer = torch.optim.AdamW(model.param_groups(config.weight_decay), fused=True, **how)
     optimizer.found_inf = torch.zeros((), device=next(model.parameters()).device)  # 1: no update
@@ -167,7 +167,7 @@ def train_step(model, optimizer, scaler, grad_clip, loss_of, batches, accumulati
         optimizer.found_inf = torch.maximum(optimizer.found_inf, (~grad_norm.isfinite()).float())
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad()
     return total, grad_norm
 
 

@@ -22,6 +22,7 @@ from plumbing.configurator import UserError
 
 # FLOPs of a run on a CPU (docs/performance.md): from here one block is compiled, then the whole model
 COMPILE_PAYS_FROM, WHOLE_PAYS_FROM = 5e13, 2e14
+CPU = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may lack it
 
 
 def pick_device(name: str) -> torch.device:
@@ -62,18 +63,13 @@ def pick(device_name: str, dtype_name: str, deterministic: bool = False) -> Hard
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = torch.bfloat16 if has_bf16 else torch.float16
     elif dtype_name == "auto" and device.type == "cpu":
-        has_bf16 = any("bf16" in key and value for key, value in cpu_capabilities().items())
+        has_bf16 = any("bf16" in key and value for key, value in CPU.items())
         dtype = torch.bfloat16 if has_bf16 else torch.float32
     mixed = dtype in (torch.bfloat16, torch.float16)
     autocast = torch.autocast(device.type, dtype) if mixed else contextlib.nullcontext()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     reason = f"{device}, {dtype} ({'fastest here' if dtype_name == 'auto' else 'as set'})"
     return Hardware(device, dtype, wide, autocast, reason)
-
-
-def cpu_capabilities() -> dict:
-    """What the CPU can do, as torch.cpu reports it. Empty in versions of torch that do not."""
-    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def pick_compile(choice: bool | str, device: torch.device, flops: float) -> tuple[bool | str, str]:
@@ -141,7 +137,7 @@ def versions(device: torch.device) -> dict:
     """The code, libraries and machine that make a result."""
     here = shlex.quote(str(Path(__file__).parent))
     failed, commit = subprocess.getstatusoutput(f"git -C {here} describe --always --dirty --abbrev=12")
-    name = f"{cpu_capabilities().get('cpu_name', platform.machine())}, {os.cpu_count()} cores"
+    name = f"{CPU.get('cpu_name', platform.machine())}, {os.cpu_count()} cores"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return {

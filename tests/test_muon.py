@@ -40,6 +40,13 @@ def test_another_family_s_matrices_are_muon_s_too():
     assert len(optimizer.param_groups[0]["params"]) == 3 * 7  # q, k, v, o, gate, up, down
 
 
+def test_stacked_matrices_of_experts_are_adamw_s():
+    model = random_model()
+    model.transformer.h[0].experts = torch.nn.Parameter(torch.zeros(4, 8, 8))  # as transformers has them
+    muon, decayed, _ = make_optimizer(model, TrainConfig(**MUON)).param_groups
+    assert [p.ndim for p in decayed["params"]] == [2, 2, 3] and {p.ndim for p in muon["params"]} == {2}
+
+
 def test_in_bfloat16_an_update_is_torch_s_own_of_both():
     ours, theirs = random_model(dtype=torch.float32), random_model(dtype=torch.float32)
     optimizer = make_optimizer(ours, TrainConfig(lr=0.1, weight_decay=0.2, dtype="bfloat16", **MUON))

@@ -208,10 +208,8 @@ def identity(config: AnalyzeConfig) -> dict:
     L, H = shapes[0].n_layer, shapes[0].n_head
     try:
         taus = sorted(map(float, config.tau.split(",")), key=lambda tau: (tau != 0.9, -tau))
-        pairs = [each.split(":") for each in config.groups.split(",") if each]
-        groups = [[int(first), int(end)] for first, end in pairs]
-        pairs = [each.split(".") for each in config.heads.split(",") if each]
-        heads = [[int(layer), int(head)] for layer, head in pairs]
+        groups = [list(map(int, each.split(":"))) for each in config.groups.split(",") if each]
+        heads = [list(map(int, each.split("."))) for each in config.heads.split(",") if each]
         least = min(config.seq_len - 1, config.sequences, config.micro_batch)
         inside = all(a < b <= L for a, b in groups) and all(i < L and h < H for i, h in heads)
         if least < 1 or not inside or not all(0 < tau <= 0.999 for tau in taus):  # above, rounding decides
@@ -247,10 +245,7 @@ def stored(config: AnalyzeConfig) -> dict | None:
 
 
 def analyze(config: AnalyzeConfig) -> dict:
-    """Measure a model, print the table, write attention.csv, .json and figures. Raises UserError.
-
-    Returns what is in attention.json.
-    """
+    """Measure a model: table, attention.csv, attention.json (returned), figures. Raises UserError."""
     result, out, found = identity(config), out_dir(config), {}
     measures, meta = measures_at(result["tau"]), data.read_meta(config.data_dir)
     text = data.open_tokens(config.data_dir, "val", result["T"], meta["vocab_size"])

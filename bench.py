@@ -34,7 +34,7 @@ from train import TrainConfig, learning_rate, make_optimizer, train_step, traini
 # Kinds of operations and their names; the first kind that fits counts. A fused kernel has the names of all
 # its operations, such as cpp_fused__to_copy_native_layer_norm_3.
 KINDS = {
-    "optimizer": "adam|muon|zeropower|foreach|vector_norm|linalg_norm",
+    "optimizer": "adam|muon|foreach|vector_norm|linalg_norm",
     "loss": "log_softmax|nll_loss|cross_entropy|logsumexp",
     "attention": "bmm|softmax|attention",
     "matrix products": "mm|linear|matmul|gemm",
@@ -95,7 +95,7 @@ class Contender:
         for step in steps:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            batches = machine.send_all(data.step_batches(tokens, config, step, rank, world_size), device)
+            batches = data.step_batches(tokens, config, step, rank, world_size, device)
             self.loss, _ = train_step(
                 self.model, self.optimizer, self.scaler, config.grad_clip, self.loss_of, batches,
                 accumulation,
@@ -199,10 +199,9 @@ def bench(config: BenchConfig):
     made_by = machine.versions(hardware.device)
     processes.say(f"python {made_by['command']}\n{made_by['device']}, torch {made_by['torch']}, commit "
                   f"{made_by['commit']}; {shape.num_params() / 1e6:.1f} M parameters; {hardware.reason}\n")
-    makers = [functools.partial(ours, config, hardware)]
+    contenders = [ours(config, hardware)]  # all before a turn: each resets the compiler
     for directory in filter(None, config.against.split(",")):
-        makers += [functools.partial(peer, directory, config, hardware, on) for on in (False, True)]
-    contenders = [make() for make in makers]  # first: making one resets the compiler, and with it the others
+        contenders += [peer(directory, config, hardware, compiled) for compiled in (False, True)]
     for contender in contenders:
         contender.take_turn([0], config, tokens, hardware.device)
         contender.take_turn([1], config, tokens, hardware.device)

@@ -1,7 +1,6 @@
 """Token files: their format, the order of training batches, the fixed validation windows.
 
-    python prepare_data.py python --out=data/python        # makes a data directory
-    python prepare_data.py python --out=data/python        # verifies it if it is there
+    python prepare_data.py python --out=data/python    # makes a data directory, or verifies it
 
 A data directory holds train.bin and val.bin (little-endian uint16, or uint32 for a large
 vocabulary), meta.json, the tokenizer, and manifest.json with the size and sha256 of each. It is written
@@ -37,7 +36,7 @@ def read_meta(data_dir: str | Path, content: bool = False) -> dict:
     return meta | {"directory": str(path), "sha256": sha256}
 
 
-def open_tokens(data_dir: str | Path, split: str, block_size: int, vocab_size: float) -> np.ndarray:
+def open_tokens(data_dir: str | Path, split: str, block_size: int, vocab_size: int) -> np.ndarray:
     """The token ids of "train" or "val", memory-mapped. UserError if they do not fit the model."""
     meta = read_meta(data_dir)
     path, entry = Path(meta["directory"]) / f"{split}.bin", meta["splits"][split]
@@ -88,18 +87,20 @@ def accumulation(tokens_per_step: int, micro_batch: int, block_size: int, proces
     return tokens_per_step // micro_tokens
 
 
-def step_batches(tokens: np.ndarray, config, step: int, rank: int, world_size: int):
+def step_batches(tokens: np.ndarray, config, step: int, rank: int, world_size: int, device):
     """Yield one process's micro-batches (x, y) of a step, each (B, T), and seed their dropout."""
     import torch
 
-    T = config.block_size
+    T, on_gpu = config.block_size, device.type == "cuda"
     starts = train_starts(len(tokens), T, config.seed, step, config.tokens_per_step // T)
     of_rank = starts.reshape(-1, world_size, config.micro_batch)[:, rank]
     for micro_step, micro_starts in enumerate(of_rank):
         if config.dropout:  # the same masks whenever this step is made again
             seeds = np.random.SeedSequence([config.seed, step, rank, micro_step])
             torch.manual_seed(int(seeds.generate_state(1)[0]))
-        yield windows(tokens, micro_starts, T)
+        batch = windows(tokens, micro_starts, T)
+        # from pinned memory: the CPU does not wait for the copy to a GPU
+        yield [(t.pin_memory() if on_gpu else t).to(device, non_blocking=on_gpu) for t in batch]
 
 
 # ---- validation

@@ -118,10 +118,7 @@ def narrow(name: str, tensor: torch.Tensor, width: float) -> torch.Tensor:
 
 
 def open_sources(settings: InheritConfig) -> tuple[list[Source], dict]:
-    """The sources, the lower one first, and the lineage: all that decides the inherited tensors.
-
-    Raises UserError.
-    """
+    """The sources, the lower one first, and the lineage: all that decides the tensors. UserError."""
     wanted, sources, chosen, offset = [(settings.reference, settings.layers)], [], [], 0
     if bool(settings.top) != bool(settings.top_layers):
         raise UserError("top and top_layers go together: set both or neither")

@@ -99,11 +99,6 @@ class CausalSelfAttention(nn.Module):
         future = torch.full(logits.shape[-2:], -math.inf, dtype=logits.dtype, device=q.device).triu(1)
         return (logits + future).softmax(-1)  # a sum compiles to faster code than masked_fill
 
-    def matrix(self, x):
-        """The attention matrices (B, nh, T, T) of x (B, T, C). The fused kernel never holds them."""
-        q, k, _ = self.heads(x)
-        return self.attention_weights(q, k)
-
 
 def gelu(x):
     """GPT-2's GELU, the tanh form. The exact one would change its logits by 1e-4."""
@@ -202,7 +197,8 @@ class GPT(nn.Module):
         """Yield the attention matrices (B, nh, T, T) of layer 0, 1, ..., one layer at a time."""
         x = self.embed(idx)
         for block in self.transformer.h:
-            yield block.attn.matrix(block.ln_1(x))
+            q, k, _ = block.attn.heads(block.ln_1(x))
+            yield block.attn.attention_weights(q, k)  # the fused kernel never holds them
             x = block.forward(x)  # uncompiled: compiling it for this shape would not pay
 
     def param_groups(self, weight_decay: float) -> list[dict]:
@@ -227,9 +223,6 @@ class GPT(nn.Module):
             if top_k is not None:
                 kth_largest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < kth_largest, -math.inf)
-            if temperature == 0:
-                token = logits.argmax(-1, keepdim=True)
-            else:
-                token = torch.multinomial((logits / max(temperature, 1e-6)).softmax(-1), 1)
-            idx = torch.cat([idx, token], dim=1)
+            probabilities = (logits / max(temperature, 1e-9)).softmax(-1)  # temperature 0: one-hot
+            idx = torch.cat([idx, torch.multinomial(probabilities, 1)], dim=1)
         return idx

@@ -140,10 +140,7 @@ def ending(path: str | Path) -> str:
 
 
 def find_files(names: tuple[str, ...], out: Path) -> list[Path]:
-    """The files that paths, folders and globs name, without empty ones and those in `out`.
-
-    Raises UserError.
-    """
+    """The files that paths, folders and globs name: none empty, none in `out`. UserError."""
     found = []
     for name in map(os.path.expanduser, names):
         pattern = glob.escape(name) if os.path.exists(name) else name

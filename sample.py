@@ -34,9 +34,10 @@ def main():
     config = configurator.load(SampleConfig)
     device, path = machine.pick_device(config.device), model_files.resolve(config.model)
     model = pretrained.load_model(path).to(device)
-    table = storage.read_json(path / "config.json")
-    unnamed = None if table.get("model_type") == "gpt2" else str(path)
-    encoding = tokenizers.of_directory(path, table.get("tokenizer", unnamed))
+    table, has_own = storage.read_json(path / "config.json"), (path / "tokenizer.json").is_file()
+    unnamed = "gpt2" if table.get("model_type") == "gpt2" and not has_own else path
+    name = table.get("tokenizer", unnamed)
+    encoding = tokenizers.tokenizer(name if name in tokenizers.KNOWN else path)
     prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
     ids = encoding.encode_ordinary(prompt) or [encoding.eot_token]
     torch.manual_seed(config.seed)

@@ -323,7 +323,7 @@ def loop(config: TrainConfig) -> Path:
         rate = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batches = machine.send_all(data.step_batches(train_tokens, config, step, rank, world_size), device)
+        batches = data.step_batches(train_tokens, config, step, rank, world_size, device)
         loss, grad_norm = train_step(
             model, optimizer, scaler, config.grad_clip, loss_of, batches, accumulation
         )

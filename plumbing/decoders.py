@@ -3,7 +3,7 @@
     python analyze_attention.py HuggingFaceTB/SmolLM2-135M --data_dir=data/smol
     python inheritune.py config/single_gpu.toml --reference=HuggingFaceTB/SmolLM2-135M
 
-checkpoint.py calls this for every model that model.py cannot compute: other families, and GPT-2
+pretrained.py calls this for every model that model.py cannot compute: other families, and GPT-2
 with another activation. Only this file imports transformers. It never runs a model's own code.
 """
 

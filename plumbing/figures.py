@@ -76,13 +76,13 @@ def conditions(result: dict) -> str:
     return f"T = {result['T']}, τ = {np.ravel(result['tau'])[0]}, {result['sequences']} sequences"
 
 
-def draw_layers(axes, models: list[tuple[str, dict]], measures: dict[str, str]):
+def draw_layers(axes, models: list[dict], measures: dict[str, str]):
     """An axis for each measure {key: label}: a line over the layers of each model, ± 1 s. e."""
     for axis, (key, label) in zip(axes, measures.items(), strict=True):
-        for i, (name, model) in enumerate(models):
+        for i, model in enumerate(models):
             table = [[row[k] for row in model["layers"]] for k in ("layer", key, f"{key}_se")]
             layers, mean, error = map(np.array, table)
-            axis.plot(layers, mean, STYLES[i] + MARKERS[i], color=COLORS[i], label=name, ms=5)
+            axis.plot(layers, mean, STYLES[i] + MARKERS[i], color=COLORS[i], label=model["name"], ms=5)
             axis.fill_between(layers, mean - error, mean + error, color=COLORS[i], alpha=0.25, lw=0)
         axis.set(xlabel="layer", ylabel=label, ylim=(0, None))
         axis.locator_params(axis="x", integer=True)
@@ -115,10 +115,9 @@ def plot_attention(result: dict, path: Path):
     """Every measure by layer of all models, each head's rank, and costs if they were measured."""
     models = [model for model in (result, result["compared"]) if model]
     costly, n = [model for model in models if "ablation" in model], len(result["measures"])
-    lines = [(model["name"], model) for model in (*models, result["untrained"])]
     panels = n + len(models) + len(costly)
     with figure(path, panels, size=(4.4, 3.4), title=conditions(result)) as axes:
-        draw_layers(axes[:n], lines, result["measures"])
+        draw_layers(axes[:n], [*models, result["untrained"]], result["measures"])
         for axis, model in zip(axes[n:], models, strict=False):
             heads = model["heads"]["rank"]
             ranks = np.full((max(map(len, heads)), model["n_layer"]), np.nan)  # (H, L)

@@ -112,13 +112,6 @@ def keep_freed_memory():
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep freed memory up to this
 
 
-def send_all(batches, device: torch.device):
-    """Yield batches of CPU tensors on the device. The CPU does not wait for a copy to a GPU."""
-    on_gpu = device.type == "cuda"
-    for batch in batches:
-        yield [(t.pin_memory() if on_gpu else t).to(device, non_blocking=on_gpu) for t in batch]
-
-
 def check_finite(optimizer, scaler, kept: list[Path]):
     """Wait for the device. UserError, exit code 1, if a gradient norm was not finite."""
     # float16 tries smaller scales first, down to 1

@@ -7,7 +7,8 @@
 import re
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from plumbing.configurator import UserError
 from plumbing.storage import TOKENIZER_FILES, latest, read_json, sha256_of, verify
@@ -59,8 +60,7 @@ def read_tensors(directory: Path, stem: str = "model") -> dict:
     found = {}
     for path in tensor_files(directory, stem):
         try:
-            with safe_open(path, framework="pt") as file:
-                found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found |= load_file(path)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
     return found

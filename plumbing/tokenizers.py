@@ -72,12 +72,6 @@ def tokenizer(name: str | Path):
         ) from None
 
 
-def of_directory(directory: Path, name: str | None):
-    """The tokenizer of a directory of data or a model: the named or its own one, else GPT-2's."""
-    own = (directory / "tokenizer.json").is_file() and name not in KNOWN
-    return tokenizer(directory if own else name or "gpt2")
-
-
 # ---- tokenizer.json
 
 

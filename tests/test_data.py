@@ -170,5 +170,5 @@ def test_every_micro_batch_process_and_step_has_dropout_masks_of_its_own(data_di
     tokens, seeds = data.open_tokens(data_dir, "train", 32, 257), []
     config = TrainConfig(**TINY | {"dropout": 0.5})
     for place in ((0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2), (0, 0, 1)):  # step, rank, world_size
-        seeds += [torch.initial_seed() for _ in data.step_batches(tokens, config, *place)]
+        seeds += [torch.initial_seed() for _ in data.step_batches(tokens, config, *place, torch.device("cpu"))]
     assert seeds[-2] == seeds[0] and len(set(seeds)) == len(seeds) - 1 == 5  # the first one was made again

@@ -113,16 +113,16 @@ def test_layers_without_attention_are_not_visited_and_a_model_without_any_is_ref
 def test_what_is_no_causal_attention_matrix_is_one_line_that_names_the_layer(what, monkeypatch):
     model = random_model(dtype=torch.float32)
     module = model.transformer.h[1].attn
-    original = module.matrix
+    original = module.attention_weights
 
-    def broken(x):
-        A = original(x).clone()
+    def broken(q, k):
+        A = original(q, k).clone()
         if what == "negative":  # the rows still sum to 1
             A[:, 1, 3, 0], A[:, 1, 3, 1] = A[:, 1, 3, 0] + A[:, 1, 3, 1] + 0.1, -0.1
         A[:, 1, 3, 3] += {"sums": 0.1, "nan": math.nan}.get(what, 0)
         return A.roll(1, -1) if what == "above the diagonal" else A
 
-    monkeypatch.setattr(module, "matrix", broken)
+    monkeypatch.setattr(module, "attention_weights", broken)
     with pytest.raises(UserError, match="layer 1: no causal attention matrix") as caught:
         analyze_attention.measure(model, torch.zeros(2, 8, dtype=torch.long), [], 2)
     assert caught.value.exit_code == 1

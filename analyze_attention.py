@@ -43,7 +43,7 @@ class AnalyzeConfig:
     tau: str = "0.9"  # comma-separated: MaxRank at each; the main one is 0.9, else the largest
     groups: str = ""  # layer ranges for AvgRank, such as 0:4,4:8,8:12; default: thirds of the depth
     heads: str = ""  # to draw (layer.head), such as 7.16,29.16; default: most and least collapsed
-    ablate: bool = False  # the loss without each layer, attention, head: heads x layers passes
+    ablate: bool = False  # the loss without each layer, attention, head: a pass for each
     cheap_below: float = 0.02  # ablate: nats per token below which a layer counts as cheap
     micro_batch: int = 10  # sequences at a time; affects memory only
     device: str = "auto"

@@ -6,8 +6,8 @@ A data directory holds train.bin and val.bin (little-endian uint16, or uint32 fo
 vocabulary), meta.json, the tokenizer, and manifest.json with the size and sha256 of each. It is written
 aside and renamed, so it is complete if it is there.
 
-The order of the training data is a pure function of (seed, step). Nothing is stored to resume it, a
-rank or a micro-batch only takes its slice of it, and all models of a comparison see the same.
+The training order is a pure function of (seed, step), so nothing is stored to resume it. Processes
+and micro-batches slice the same batch, and all models of a comparison see the same data.
 """
 
 import functools

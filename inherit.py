@@ -10,7 +10,7 @@
 --layers lists a source layer for each layer of the target, as Python slices, from 0 and half-open:
 "0:8,0:8" stacks, "::2" takes every other layer, "new" is a fresh layer and "new:15" are fifteen.
 Embeddings, final norm and head are always inherited. Any Hugging Face decoder will do, but --parts
-and --width need a GPT-2. What is made of another family is opened in transformers before it is
+and --width need a GPT-2. A model of another family is opened in transformers before it is
 published. lineage.json says where each tensor came from.
 """
 
@@ -54,12 +54,12 @@ def take_layers(names, layers: list[int | None]) -> dict[str, str | None]:
     """Target tensor -> source tensor, None for a fresh one. Layer i is the source's layers[i]."""
     # Inheritune step 1 (inherit): embeddings, head, the final norm (ours); then the layers (algorithm 1)
     target = {name: name for name in names if not LAYER.match(name)}
-    for new, old in enumerate(layers):
+    for target_layer, layer in enumerate(layers):
         for name in names:
             match = LAYER.match(name)
-            like = 0 if old is None else old  # a fresh layer has the tensors of layer 0, all new
+            like = 0 if layer is None else layer  # a fresh layer has the tensors of layer 0, all new
             if match and int(match[2]) == like:
-                target[f"{match[1]}{new}.{match[3]}"] = name if old is not None else None
+                target[f"{match[1]}{target_layer}.{match[3]}"] = name if layer is not None else None
     return target
 
 

@@ -74,8 +74,8 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.scale = (config.n_embd // config.n_head) ** -0.5
         self.divisor = None
-        if config.scale_attn_by_inverse_layer_idx:  # no number: the layers share a compiled graph
-            self.divisor = torch.tensor(layer_idx + 1.0, device="cpu")  # fits a GPU's tensors too
+        if config.scale_attn_by_inverse_layer_idx:  # a number would be compiled in, layer by layer
+            self.divisor = torch.tensor(layer_idx + 1.0, device="cpu")  # divides a GPU's tensors too
 
     def heads(self, x):
         """(B, T, C) -> queries, keys, values, each (B, nh, T, hs)."""

@@ -40,7 +40,7 @@ ModelOptions = make_dataclass("ModelOptions", OPTIONS)
 
 @dataclass
 class TrainConfig(ModelOptions):
-    """Train one model on prepared data. Options not set: init_from's; scratch:DIR: fresh, DIR's shape."""
+    """Train a model on prepared data. Options left out: init_from's; scratch:DIR: fresh, DIR's shape."""
 
     out_dir: str = may_change("out/run")  # checkpoints and metrics
     data_dir: str = may_change("data/python")  # made by prepare_data.py; its tokens may not change

@@ -8,7 +8,7 @@ tokenizer.json         and tokenizer_config.json, copied from the data directory
 model.safetensors      float32, GPT-2's keys, Conv1D layout (in, out), the tied head stored once
 optimizer.safetensors  "<key>|exp_avg", "<key>|exp_avg_sq", "<key>|step", or Muon's
                        "<key>|momentum_buffer", in the layout of the weights
-trainer_state.json     step, tokens, settings, data, versions
+trainer_state.json     step, tokens, FLOPs, settings, where weights and data came from, versions
 val_losses.json        the loss of every validation window
 lineage.json           where each tensor came from, if it was inherited
 manifest.json          size and sha256 of every other file (plumbing/storage.py)

@@ -7,8 +7,7 @@
 import re
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open  # not safetensors.torch: prepare_data.py needs no torch
 
 from plumbing.configurator import UserError
 from plumbing.storage import TOKENIZER_FILES, latest, read_json, sha256_of, verify
@@ -60,7 +59,8 @@ def read_tensors(directory: Path, stem: str = "model") -> dict:
     found = {}
     for path in tensor_files(directory, stem):
         try:
-            found |= load_file(path)
+            with safe_open(path, framework="pt") as file:
+                found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
     return found

@@ -1,6 +1,6 @@
 """The whole paper in one file (Inheritune, arXiv 2404.08634): train, measure, inherit, train, compare.
 
-    python minimal.py                # two minutes on 2 CPU cores; needs no download
+    python minimal.py                # two minutes on 2 CPU cores with bfloat16; no download
     python minimal.py --steps=20     # a few seconds, to see that it works
 
 In the later layers of a trained GPT, attention often degenerates to rank 1: those layers have become "lazy".

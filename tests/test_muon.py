@@ -65,8 +65,6 @@ def test_in_bfloat16_an_update_is_torch_s_own_of_both():
             each.step()
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(p, q)
-    optimizer.zero_grad()
-    assert all(p.grad is None for p in ours.parameters())
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (3, 8), (8, 3)])
@@ -82,7 +80,7 @@ def test_a_matrix_is_made_orthogonal_as_far_as_five_iterations_do(shape):
 
 
 def test_it_computes_in_the_arithmetic_of_the_run():
-    """Emulated, bfloat16 would take half of a step on a CPU without it."""
+    """Emulated, bfloat16 takes nearly half of a step of the demo on a CPU without it."""
     model = random_model(dtype=torch.float32)
     for dtype, expected in {"float32": torch.float32, "bfloat16": torch.bfloat16}.items():
         optimizer, seen = make_optimizer(model, TrainConfig(dtype=dtype, **MUON)), []

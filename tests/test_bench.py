@@ -13,7 +13,7 @@ import data
 from plumbing import checkpoint, machine
 
 CPU = torch.device("cpu")
-QUICK = TINY | {"steps": 1, "rounds": 2, "compile": False}
+QUICK = TINY | {"steps": 1, "rounds": 1, "compile": False}
 PEER = """
 import torch
 from model import GPT as Ours, GPTConfig

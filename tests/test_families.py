@@ -99,10 +99,10 @@ def test_training_lowers_the_loss_resumes_to_the_same_bits_and_opens_in_transfor
 
 
 def test_two_processes_equal_one(llama, data_dir, tmp_path):
-    settings = FREE | {"dtype": "float64", "max_steps": 5, "init_from": llama, "data_dir": data_dir}
-    for processes, name in ((1, "one"), (2, "two")):
-        done = run_script("train.py", *options(**settings, out_dir=tmp_path / name), processes=processes)
-        assert done.returncode == 0, done.stderr
+    arguments = options(**FREE | {"dtype": "float64", "max_steps": 5, "init_from": llama, "data_dir": data_dir})
+    assert call_script(train, *arguments, f"--out_dir={tmp_path}/one") == 0
+    done = run_script("train.py", *arguments, f"--out_dir={tmp_path}/two", processes=2)
+    assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / name / "step-00000005/model.safetensors") for name in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, two[name], rtol=0, atol=1e-12)

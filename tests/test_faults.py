@@ -63,11 +63,11 @@ def steps_made(run_dir) -> int:
 
 
 def test_kills_at_any_moment_leave_a_run_that_ends_at_the_same_bits(data_dir, tmp_path):
-    """Five SIGKILLs at random moments of a run that saves every step; tests/faults.py does 200."""
+    """Three SIGKILLs at random moments of a run that saves every step; tests/faults.py does 200."""
     settings = {"max_steps": 200, "save_interval": 1, "eval_interval": 100, "keep_checkpoints": 2}
     expected = run(data_dir, tmp_path / "straight", **settings)
     moments, newest = random.Random(0), 0
-    for _ in range(5):
+    for _ in range(3):
         with running(data_dir, tmp_path / "killed", **settings) as process:
             wait_for(lambda before=newest: process.poll() is not None or steps_made(tmp_path / "killed") > before)
             time.sleep(moments.uniform(0, 0.05))  # so that it dies while it trains and saves

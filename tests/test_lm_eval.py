@@ -1,5 +1,6 @@
 """lm-evaluation-harness, by its real command, scores a checkpoint as our own logits do. No network."""
 
+import importlib.util
 import json
 import os
 import random
@@ -124,9 +125,9 @@ def test_a_padded_gpt2_vocabulary_is_scored_as_our_logits_score_it(tmp_path):
 
 
 def test_the_documented_tasks_are_the_harness_s():
-    from lm_eval.tasks import TaskManager
-
-    known = set(TaskManager().all_tasks)
+    """A name in one of its YAML files: to import the harness and to index its thousands of tasks takes long."""
+    folder = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks"
+    known = set(re.findall(r"^task: (\S+)$", "".join(path.read_text() for path in folder.rglob("*.yaml")), re.MULTILINE))
     for file in (ROOT / "docs/reproduce.md", ROOT / "runs/evaluate.sh"):
         (tasks,) = re.findall(r"--tasks[ =](\S+)", file.read_text())
         assert len(tasks.split(",")) == 8 and set(tasks.split(",")) <= known

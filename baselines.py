@@ -26,7 +26,7 @@ class Plan:
     top_layers: list[int] = field(default_factory=list)
     width: float = 1.0  # the share of heads, MLP units and embedding dimensions to take
     parts: str = ""  # comma-separated parts of each layer to take: ln_1, attn, ln_2, mlp; the rest is fresh
-    stable: bool = False  # inherit the source's last checkpoint before its decay; no warm-up
+    before_decay: bool = False  # inherit the source's last checkpoint before its decay; no warm-up
     teacher: str = ""  # distill this model
     steps: float = 1.0  # times max_steps
     settings: dict = field(default_factory=dict)  # of train.py, where they differ
@@ -88,7 +88,7 @@ def baselines(n: int, k: int) -> dict[str, Plan]:
         "grown with fresh layers": Plan(**grow | {"layers": kept + [None] * (k - len(kept))}),
         # ---- warm-up, stable, decay (ours)
         "reference, WSD": Plan(n_layer=n, settings=wsd),
-        "inherited, WSD": Plan(layers=first, source="reference, WSD", stable=True, settings=wsd),
+        "inherited, WSD": Plan(layers=first, source="reference, WSD", before_decay=True, settings=wsd),
         "random, twice the steps, WSD": Plan(n_layer=k, steps=2, settings=wsd),
     }
 

@@ -106,10 +106,10 @@ class Contender:
 def ours(config: TrainConfig, hardware: machine.Hardware) -> Contender:
     """What train.py trains."""
     torch.manual_seed(config.seed)
-    model = GPT(GPTConfig(**{f.name: getattr(config, f.name) for f in fields(GPTConfig)})).to(hardware.wide)
+    model = GPT(GPTConfig(**{f.name: getattr(config, f.name) for f in fields(GPTConfig)}))
     model.gradient_checkpointing = config.gradient_checkpointing
     flops = config.max_steps * config.tokens_per_step * model.config.flops_per_token()
-    choices = machine.prepare([model], config.compile, flops, hardware)
+    choices = machine.prepare([model.to(hardware.master)], config.compile, flops, hardware)
     parallel = processes.distribute(model, hardware.device)
     scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
     name = f"ours, {'compiled' if 'compile on' in choices else 'eager'}"

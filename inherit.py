@@ -189,15 +189,14 @@ def inherit(reference, layers, out, **others) -> Path:
     if not set(parts.split(",")) <= {"", *BLOCK_PARTS}:
         raise UserError(f"parts is {parts!r}, expected some of {', '.join(BLOCK_PARTS)}")
     if not 0 < width <= 1 or heads % 1:
-        raise UserError(f"width {width} leaves {heads:g} heads, expected a whole number, at least 1")
+        raise UserError(f"width {width} leaves {heads:g} heads, expected a whole number >= 1")
     if (parts or width < 1) and not is_gpt2:
         raise UserError(f"parts and width are for GPT-2, and {path} is {config['model_type']!r}")
     if config.get("scale_attn_by_inverse_layer_idx") and chosen != list(range(len(chosen))):
         print("warning: layer i divides its logits by i + 1, so a moved layer computes differently")
 
     with storage.publish(out) as directory:
-        table = sliced_config(sources, chosen, width)
-        storage.write_json(directory / "config.json", table)
+        storage.write_json(directory / "config.json", sliced_config(sources, chosen, width))
         tensors = source_tensors(sources, width)
         stored = {int(match[2]) for match in map(LAYER.match, tensors) if match}
         if missing := {layer for layer in chosen if layer is not None} - stored:

@@ -96,7 +96,7 @@ def train_config(config: RecipeConfig, model: Plan, seed: int, out_dir: Path) ->
     settings |= {"seed": seed, "max_steps": max_steps, "out_dir": str(out_dir)}
     if model.steps < 1:
         settings["warmup_steps"] = min(config.warmup_steps, max_steps // 2)
-    if model.stable:
+    if model.before_decay:
         settings["warmup_steps"] = 0  # it continues at the rate that its source had
     if config.reference:  # fresh models have its shape
         settings |= {"init_from": f"scratch:{config.reference}"}
@@ -139,7 +139,7 @@ def check(config: RecipeConfig):
                 raise ValueError("its shape is not that of the layers that it takes")
             if bool(model.top) != bool(model.top_layers):
                 raise ValueError("top and top_layers go together: set both or neither")
-            if model.stable and config.reference:
+            if model.before_decay and config.reference:
                 raise ValueError("a trained reference has no checkpoint before its decay")
             data.accumulation(settings.tokens_per_step, settings.micro_batch, shape.block_size, world_size)
         except (ValueError, TypeError, UserError) as error:  # TypeError: no such setting
@@ -154,10 +154,10 @@ class Models:
         self.out_dir = Path(config.out_dir) / (f"seed-{seed}" if config.seeds else "")
         self.settings: dict[str, TrainConfig] = {}
 
-    def find(self, name: str, stable: bool = False) -> Path:
+    def find(self, name: str, before_decay: bool = False) -> Path:
         """The checkpoint to inherit from or to distill."""
         settings = self.settings[name]
-        step = f"step-{stable_steps(settings):08d}" if stable else ""
+        step = f"step-{stable_steps(settings):08d}" if before_decay else ""
         return model_files.resolve(Path(settings.out_dir) / step)
 
     def make(self, name: str, model: Plan, directory: str) -> tuple[Path, list[Path]]:
@@ -165,7 +165,7 @@ class Models:
         out_dir, sources = self.out_dir / directory, []
         settings = train_config(self.config, model, self.seed, out_dir)
         if model.layers:
-            sources = [self.find(each, model.stable) for each in (model.source, model.top) if each]
+            sources = [self.find(each, model.before_decay) for each in (model.source, model.top) if each]
             how = {"parts": model.parts, "width": model.width}
             if model.top:
                 how |= {"top": sources[1], "top_layers": model.top_layers}

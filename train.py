@@ -117,8 +117,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def distillation_loss(logits, targets, teacher_logits, alpha: float, tau: float):
     """Nats per token, of logits (B, T, V), targets (B, T). Paper, appendix D; arXiv 1503.02531."""
-    wide = torch.promote_types(logits.dtype, torch.float32)  # no loss in half precision
-    logits, teacher_logits = (t.to(wide).flatten(0, 1) for t in (logits, teacher_logits))  # (B*T, V)
+    dtype = torch.promote_types(logits.dtype, torch.float32)  # no loss in half precision
+    logits, teacher_logits = (t.flatten(0, 1).to(dtype) for t in (logits, teacher_logits))  # (B*T, V)
     student, teacher = (F.log_softmax(t / tau, dim=-1) for t in (logits, teacher_logits))
     divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     # tau^2 keeps the size of the divergence's gradient
@@ -213,11 +213,11 @@ def set_up(config: TrainConfig):
     hardware = machine.pick(config.device, config.dtype, config.deterministic)
     meta = processes.on_rank_0(data.read_meta, config.data_dir, True)
     options = {f.name: value for f in fields(GPTConfig) if (value := getattr(config, f.name)) is not None}
-    model, lineage = checkpoint.open_model(config.init_from, meta, hardware.wide, options, config.seed)
+    model, lineage = checkpoint.open_model(config.init_from, meta, hardware.master, options, config.seed)
     same = {key: getattr(model.config, key) for key in ("vocab_size", "block_size")}
     teacher, taught_by = None, {}
     if config.teacher:
-        teacher, taught_by = checkpoint.open_model(config.teacher, meta, hardware.wide, same)
+        teacher, taught_by = checkpoint.open_model(config.teacher, meta, hardware.master, same)
     model.gradient_checkpointing = config.gradient_checkpointing
     flops = config.max_steps * config.tokens_per_step * model.config.flops_per_token()
     reason = machine.prepare([model, teacher] if teacher else [model], config.compile, flops, hardware)

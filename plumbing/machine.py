@@ -47,7 +47,7 @@ class Hardware:
 
     device: torch.device
     dtype: torch.dtype  # of the fast arithmetic
-    wide: torch.dtype  # of weights and optimizer: float32, or float64 if that is the arithmetic
+    master: torch.dtype  # of master weights and optimizer: float32, or float64 where that is set
     autocast: contextlib.AbstractContextManager
     reason: str
 
@@ -67,9 +67,9 @@ def pick(device_name: str, dtype_name: str, deterministic: bool = False) -> Hard
         dtype = torch.bfloat16 if has_bf16 else torch.float32
     mixed = dtype in (torch.bfloat16, torch.float16)
     autocast = torch.autocast(device.type, dtype) if mixed else contextlib.nullcontext()
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    master = torch.float64 if dtype == torch.float64 else torch.float32
     reason = f"{device}, {dtype} ({'fastest here' if dtype_name == 'auto' else 'as set'})"
-    return Hardware(device, dtype, wide, autocast, reason)
+    return Hardware(device, dtype, master, autocast, reason)
 
 
 def pick_compile(choice: bool | str, device: torch.device, flops: float) -> tuple[bool | str, str]:

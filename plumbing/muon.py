@@ -27,8 +27,8 @@ class MuonAndAdamW(torch.optim.AdamW):
     """AdamW whose first group, the matrices of the blocks, takes Muon's steps instead."""
 
     def __init__(self, model, weight_decay: float, bf16: bool, **how):
-        named = model.named_parameters()
-        matrices = {p for name, p in named if re.search(r"\.\d+\.", name) and p.ndim == 2}  # "h.3.attn"
+        in_block = re.compile(r"\.\d+\.").search  # "h.3.attn"
+        matrices = {p for name, p in model.named_parameters() if in_block(name) and p.ndim == 2}
         decayed, rest = model.param_groups(weight_decay)
         muon = decayed | {"params": [p for p in decayed["params"] if p in matrices]}
         adamw = decayed | {"params": [p for p in decayed["params"] if p not in matrices]}
@@ -42,8 +42,9 @@ class MuonAndAdamW(torch.optim.AdamW):
             return
         muon = self.param_groups[0]
         for p in (p for p in muon["params"] if p.grad is not None):  # an expert may get no token
-            momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-            momentum.lerp_(p.grad, 0.05)  # the mean of some 20 steps
+            if p not in self.state:  # the first step
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            momentum = self.state[p]["momentum_buffer"].lerp_(p.grad, 0.05)  # the mean of some 20 steps
             G = p.grad.lerp(momentum, 0.95)  # Nesterov: one step ahead
             p.mul_(1 - muon["lr"] * muon["weight_decay"])
             length = 0.2 * max(p.shape) ** 0.5  # of AdamW's steps (arXiv 2502.16982), so one lr suits both

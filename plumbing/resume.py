@@ -1,4 +1,4 @@
-"""Resume a run: find its latest complete checkpoint, compare the settings, load weights and optimizer.
+"""Resume a run: find its latest checkpoint, compare the settings, load weights and optimizer.
 
     python train.py config/demo.toml --out_dir=out/mine --resume         # the latest checkpoint of out/mine
     python train.py config/demo.toml --out_dir=out/mine --resume=auto    # if there is one

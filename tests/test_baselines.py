@@ -89,7 +89,7 @@ def test_spread_layers_are_k_different_ones_from_the_first_to_the_last(n, k):
         ("grown from the target", {"top": "reference", "top_layers": [14, 15], "steps": 0.5}),
         ("grown with the last layers", {"layers": [*range(14)], "top_layers": [22, 23], "steps": 0.5}),
         ("grown with fresh layers", {"layers": [*range(14), None, None], "top": "", "steps": 0.5}),
-        ("inherited, WSD", {"stable": True, "source": "reference, WSD", "settings": {"schedule": "wsd"}}),
+        ("inherited, WSD", {"before_decay": True, "source": "reference, WSD", "settings": {"schedule": "wsd"}}),
     ],
 )
 def test_a_baseline_is_made_as_the_paper_says(name, expected):

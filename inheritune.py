@@ -237,15 +237,15 @@ def recipe(config: RecipeConfig):
 
     # ---- baselines, and the report. A first report is there before the baselines are trained
     def write_report(first: bool):
-        if first and (out_dir / "recipe.json").exists():  # rank 0 alone looks
+        if first and (not every or (out_dir / "recipe.json").exists()):  # rank 0 alone looks
             return
         content = {"models": compared, "tolerance": config.tolerance, "paper": config.paper}
         storage.write_json(out_dir / "recipe.json", content)
         report(out_dir)
 
+    always, every = wanted(config.baselines, n, k), wanted(config.baselines + config.once, n, k)
     on_rank_0(write_report, True)
-    always = wanted(config.baselines, n, k)
-    for name, model in wanted(config.baselines + config.once, n, k).items():
+    for name, model in every.items():
         directory = "-".join(name.replace(",", "").lower().split())
         chosen = seeds if name in always else seeds[:1]
         make_for(chosen, name, "baseline", model, f"{directory}-{k}", name)

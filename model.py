@@ -166,7 +166,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=residual_std if name.endswith("c_proj.weight") else 0.02)
 
     def embed(self, idx):
-        """Token ids (B, T) -> what the first block reads (B, T, C). ValueError if T > block_size."""
+        """Token ids (B, T) -> the first block's input (B, T, C). ValueError if T > block_size."""
         T = idx.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens is longer than block_size {self.config.block_size}")
@@ -187,7 +187,7 @@ class GPT(nn.Module):
         return logits if targets is None else token_losses(logits, targets, reduction)
 
     def compile_blocks(self, **options):
-        """torch.compile one block, for all layers, and the head: the time hardly grows with depth."""
+        """Compile one block, for all layers, and the head: the time hardly grows with depth."""
         for block in self.transformer.h:
             block.compile(**options)
         self.head = torch.compile(self.head, **options)

@@ -193,7 +193,7 @@ def evaluate(model: GPT, tokens: np.ndarray, micro_batch: int, device, autocast)
 
 
 def save(config: TrainConfig, meta: dict, model, optimizer, scaler, state: dict, lineage: dict, losses):
-    """Publish a checkpoint with all that resuming needs, and delete older ones. Returns its path."""
+    """Publish a checkpoint with all that resuming needs. Delete older ones. Returns its path."""
     path, device = Path(config.out_dir) / f"step-{state['step']:08d}", next(model.parameters()).device
     if not path.parent.is_dir():  # and with it the lock
         raise UserError(f"{path.parent} was deleted while training; start again", exit_code=1)

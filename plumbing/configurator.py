@@ -88,7 +88,7 @@ def check_key(key: str, known, where: str):
 
 
 def preset_options(path: Path, known) -> list[str]:
-    """The settings in a preset as options: those at its top, those in the running script's table."""
+    """The settings in a preset as options: those at its top, then the running script's."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
+import tokenizers
 
 from plumbing import model_files, storage
 from plumbing.configurator import UserError
@@ -23,11 +24,9 @@ class HuggingFaceTokenizer:
 
     def __init__(self, name: str, folder: Path):
         try:
-            import tokenizers  # optional: only text for other models needs it
-
             self.rust = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises plain Exceptions
-            raise UserError(f"{folder}: {error}; pip install tokenizers, or fix it") from None
+            raise UserError(f"{folder}/tokenizer.json: {error}; fix or replace it") from None
         self.rust.encode_special_tokens = True  # text cannot forge a special token
         self.name, self.folder = name, folder
         self.n_vocab = 1 + max(self.rust.get_vocab().values())
@@ -76,13 +75,10 @@ def tokenizer(name: str | Path):
 
 
 def byte_letters() -> list[str]:
-    """GPT-2's letter for each byte: Latin-1 where it is printable, else one from U+0100 on.
-
-    https://github.com/openai/gpt-2/blob/master/src/encoder.py, bytes_to_unicode
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (chr(0x100 + i) for i in range(256 - len(printable)))
-    return [chr(byte) if byte in printable else next(others) for byte in range(256)]
+    """GPT-2's letter for each byte: Latin-1 where it is printable, else one from U+0100 on."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    others = (letter for letter in alphabet if ord(letter) >= 0x100)
+    return [chr(byte) if chr(byte) in alphabet else next(others) for byte in range(256)]
 
 
 def write_files(encoding, directory: Path):
@@ -97,19 +93,13 @@ def write_files(encoding, directory: Path):
     # like tiktoken, merge any two tokens that make a third
     pairs = [(token[:i], token[i:]) for token in ranks for i in range(1, len(token))]
     pairs = [pair for pair in pairs if ranks.keys() >= set(pair)]
-    merges = [f"{spelled[left]} {spelled[right]}" for left, right in pairs]
-    special = {"id": encoding.eot_token, "content": END_OF_TEXT, "special": True}
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    tokenizer_json = {
-        "version": "1.0",
-        "added_tokens": [special | flags],
-        # GPT-2's pattern cuts the text into words; without merges there is no need to cut
-        "pre_tokenizer": byte_level | {"use_regex": bool(merges)},
-        "decoder": byte_level | {"use_regex": False},
-        "model": {"type": "BPE", "vocab": {spelled[t]: ranks[t] for t in ranks}, "merges": merges},
-        **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
-    }
+    merges = [(spelled[left], spelled[right]) for left, right in pairs]
+    rust = tokenizers.Tokenizer(tokenizers.models.BPE({spelled[t]: ranks[t] for t in ranks}, merges))
+    # GPT-2's pattern cuts the text into words; without merges there is no need to cut
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bool(merges))
+    rust.pre_tokenizer, rust.decoder = byte_level, tokenizers.decoders.ByteLevel()
+    rust.add_special_tokens([END_OF_TEXT])  # the next id
+    rust.save(str(directory / "tokenizer.json"))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_TEXT,
@@ -118,4 +108,3 @@ def write_files(encoding, directory: Path):
         "split_special_tokens": True,  # text cannot forge an end-of-text
     }
     storage.write_json(directory / "tokenizer_config.json", tokenizer_config)
-    storage.write_json(directory / "tokenizer.json", tokenizer_json)

@@ -108,7 +108,7 @@ def add_costs(result: dict, model, idx: torch.Tensor, micro_batch: int, cheap_be
 # ---- does rank tell the cost?
 
 
-def ranks(values) -> np.ndarray:
+def places(values) -> np.ndarray:
     """The place of each value (n,) in their order, from 1. Equal values share the mean."""
     _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (counts.cumsum() - (counts - 1) / 2)[which]
@@ -119,7 +119,7 @@ def spearman(x, y) -> tuple[float, float]:
 
     (0, 1) where all values of x or of y are equal, since rho is not defined there.
     """
-    a, b = (ranks(values) - (len(values) + 1) / 2 for values in (x, y))
+    a, b = (places(values) - (len(values) + 1) / 2 for values in (x, y))
     if not a.any() or not b.any():
         return 0.0, 1.0
     random = np.random.RandomState(0)

@@ -5,8 +5,8 @@
     python analyze_attention.py out/demo/reference --data_dir=data/demo --ablate    # costs too
 
 A is the causal attention matrix of a layer, head and sequence: T x T, each row sums to 1. The
-control is an untrained model of the same shape. H heads, S sequences, B of them at a time: a
-tensor called values_HS has the shape (H, S).
+control is an untrained model of the same shape. H heads, S sequences (the paper's N), B of them at a
+time: a tensor called values_HS has the shape (H, S).
 """
 
 from plumbing import configurator  # isort: skip  # before the slow imports: a quiet Ctrl-C
@@ -54,7 +54,7 @@ class AnalyzeConfig:
 
 
 def k_star(attention: torch.Tensor, tau: float = 0.90) -> torch.Tensor:
-    """Definition G.1: the least k whose k largest sigma² reach tau · their sum: (..., T, T) -> (...).
+    """Definition G.1: the least k whose k largest sigma² reach tau · the sum of all: (..., T, T) -> (...).
 
     The reference for plumbing/fast_rank.py, which computes the same number faster.
     """
@@ -102,7 +102,7 @@ def measures_at(taus: list[float]) -> list[Measure]:
 def over_heads(values_HS: np.ndarray, how: str) -> tuple[float, float]:
     """A layer's number and standard error: the mean over sequences, then max or mean over heads.
 
-    Rank(h, l) is the mean over sequences, MaxRank(l) the largest Rank(h, l): definition G.1.
+    Rank(h, l) is the mean over sequences, MaxRank(l) the largest Rank(h, l): section 2.
     """
     winner = values_HS[values_HS.mean(1).argmax()]  # (S,) of the head with the largest mean
     return data.mean_and_error(winner if how == "max" else values_HS.mean(0))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Plan:
-    """What a model of the recipe begins with and how it is trained: reference, target of a round, baseline.
+    """How a model of the recipe begins and is trained: the reference, a round's target or a baseline.
 
     Without `layers` it begins with `n_layer` layers of random weights.
     """
@@ -121,7 +121,7 @@ CLAIMS = [  # of the paper, then ours: text, the model that should be better, th
     ("Growing the trained target beats one round (ours)", "grown from the target", "target"),
     ("Inheriting before the decay beats the paper's schedule (ours)", "inherited, WSD", "target"),
     ("Growing by trained layers beats fresh ones (ours)", "grown from the target", "grown with fresh layers"),
-    ("The next layers grow it better than the last", "grown from the target", "grown with the last layers"),
+    ("Growing by next layers beats last ones (ours)", "grown from the target", "grown with the last layers"),
 ]
 
 # The paper's validation losses on OpenWebText by preset, cut off after two digits (tables 2 to 5, figure 24).

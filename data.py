@@ -23,7 +23,7 @@ from plumbing.configurator import UserError
 def read_meta(data_dir: str | Path, content: bool = False) -> dict:
     """The meta.json of a data directory, its path, and the sha256 of each split's tokens.
 
-    UserError unless it is complete and unchanged. With `content`, the tokens are read to see that.
+    UserError unless it is complete and unchanged. With `content`, the tokens' sha256 is checked too.
     """
     path = Path(data_dir).expanduser()
     try:
@@ -69,9 +69,8 @@ def epoch_starts(n_tokens: int, block_size: int, seed: int, epoch: int) -> np.nd
 def train_starts(n_tokens: int, block_size: int, seed: int, step: int, batch_size: int):
     """Where the batch_size windows of update `step` start: each window once an epoch."""
     n_windows = n_train_windows(n_tokens, block_size)
-    positions = range(step * batch_size, (step + 1) * batch_size)  # in the sequence of all epochs
-    starts = functools.partial(epoch_starts, n_tokens, block_size, seed)  # of an epoch
-    return np.array([starts(p // n_windows)[p % n_windows] for p in positions])
+    places = (divmod(p, n_windows) for p in range(step * batch_size, (step + 1) * batch_size))
+    return np.array([epoch_starts(n_tokens, block_size, seed, epoch)[i] for epoch, i in places])
 
 
 def accumulation(tokens_per_step: int, micro_batch: int, block_size: int, processes: int) -> int:

@@ -57,9 +57,8 @@ def take_layers(names, layers: list[int | None]) -> dict[str, str | None]:
     for target_layer, layer in enumerate(layers):
         for name in names:
             match = LAYER.match(name)
-            like = 0 if layer is None else layer  # a fresh layer has the tensors of layer 0, all new
-            if match and int(match[2]) == like:
-                target[f"{match[1]}{target_layer}.{match[3]}"] = name if layer is not None else None
+            if match and int(match[2]) == (layer or 0):  # a fresh one: layer 0's tensors, all new
+                target[f"{match[1]}{target_layer}.{match[3]}"] = None if layer is None else name
     return target
 
 
@@ -180,7 +179,7 @@ def source_tensors(sources: list[Source], width: float) -> dict:
 
 
 def inherit(reference, layers, out, **others) -> Path:
-    """Write the target to `out`. `others`: further settings of InheritConfig. Raises UserError."""
+    """Write the target to `out`. layers: text or a list; others: InheritConfig's. Raises UserError."""
     settings = InheritConfig(reference, layers, out, **others)
     sources, lineage = open_sources(settings)
     path, config = sources[0].path, sources[0].config
@@ -188,10 +187,10 @@ def inherit(reference, layers, out, **others) -> Path:
     is_gpt2, heads = config["model_type"] == "gpt2", width * config.get("n_head", 1)
     if not set(parts.split(",")) <= {"", *BLOCK_PARTS}:
         raise UserError(f"parts is {parts!r}, expected some of {', '.join(BLOCK_PARTS)}")
-    if not 0 < width <= 1 or heads % 1:
-        raise UserError(f"width {width} leaves {heads:g} heads, expected a whole number >= 1")
     if (parts or width < 1) and not is_gpt2:
         raise UserError(f"parts and width are for GPT-2, and {path} is {config['model_type']!r}")
+    if not 0 < width <= 1 or heads % 1:
+        raise UserError(f"width {width} leaves {heads:g} heads, expected a whole number >= 1")
     if config.get("scale_attn_by_inverse_layer_idx") and chosen != list(range(len(chosen))):
         print("warning: layer i divides its logits by i + 1, so a moved layer computes differently")
 

@@ -214,7 +214,7 @@ def recipe(config: RecipeConfig):
         compared.append({"name": title, "role": role, "paths": relative, "sources": sources})
         return paths
 
-    # ---- the reference; auto: how many of its layers are not lazy (ours; the paper: half)
+    # ---- the reference; auto: k layers come before its lazy tail (ours; the paper: half)
     references = make_for(seeds, "reference", "reference", Plan(n_layer=n), "reference", "reference")
     k, previous_k = config.first_k, None
     if config.start_layers == "auto":

@@ -1,7 +1,7 @@
 """The whole paper in one file (Inheritune, arXiv 2404.08634): train, measure, inherit, train, compare.
 
     python minimal.py                # two minutes on 2 CPU cores; no download
-    python minimal.py --steps=20     # a few seconds, to see that it works
+    python minimal.py --steps=20     # half a minute, to see that it works
 
 In the later layers of a trained GPT, attention often degenerates to rank 1: those layers have become "lazy".
 Inheritune starts a smaller model from the first layers of a trained one, trains it, and grows it until it
@@ -54,7 +54,7 @@ def learning_rate(step, steps):
 
 
 def train(model, steps, name):
-    """AdamW as in the paper, appendix F. Every call draws the same batches, so only the starts differ."""
+    """AdamW as in the paper, appendix F. Every call draws the same batches, whatever the model."""
     rng = np.random.default_rng(SEED)
     optimizer = torch.optim.AdamW(model.param_groups(weight_decay=0.1), betas=(0.9, 0.95), fused=True)
     for step in range(steps):
@@ -83,13 +83,13 @@ def evaluate(model, n=16):
 
 
 def max_rank(model, tau=0.90, N=100, length=100):
-    """MaxRank of each layer (paper, definition G.1), at T = length. A layer with 1.0 is lazy."""
+    """MaxRank of each layer (paper, section 2), at T = length. A layer with 1.0 is lazy."""
     starts = np.random.default_rng(SEED).integers(len(val_data) - length, size=N)
     ranks = []
     for A in model.attention_matrices(windows(val_data, starts, length)[0]):  # (N, nh, T, T), layer by layer
         energy = torch.linalg.svdvals(A).square()  # (N, nh, T), largest first
         share = energy.cumsum(-1) / energy.sum(-1, keepdim=True)  # (N, nh, T), of the first 1, 2, ... values
-        k = (share < tau).sum(-1) + 1  # (N, nh), the least k whose share reaches tau
+        k = (share < tau).sum(-1) + 1  # (N, nh), definition G.1: the least k whose share reaches tau
         ranks.append(k.double().mean(0).max().item())  # mean over sequences, then max over heads
     return ranks
 
@@ -117,7 +117,7 @@ def main(steps):
 
     for name, values in (ranks | {"reference": max_rank(reference), "target": max_rank(target)}).items():
         print(f"MaxRank by layer, {name:<9}", *(f"{rank:5.1f}" for rank in values))
-    print("\nmodel         layers  parameters  steps  with the reference's  validation loss, nats per byte")
+    print("\nmodel         layers  parameters  steps    all that led to it  validation loss, nats per byte")
     rows = ("reference", reference, steps), ("inherited", target, total), ("random", random, steps)
     for name, model, spent in rows:
         shape = f"{model.config.n_layer:>6}  {model.config.num_params():>10,}"

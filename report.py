@@ -29,11 +29,12 @@ NOTES = """
 - Difference: loss minus the reference's, paired by window and seed: a model of one seed is compared
   with the reference of that seed. The 95% interval covers the choice of text, not that of the seed.
   Spread: its standard deviation over the seeds.
-- Tokens, all: its own and those of every model that it was inherited from or taught by.
+- Tokens, all: its own and those of the models it began from or was taught by, not other rounds'.
 - FLOPs: 6 for each weight of a matrix product and token, and attention.
 - Reached: the share of its own steps after which it had the reference's final loss.
 - Latency: one sequence forward on the CPU, relative to the reference.
-- Verdict: matched if the difference is at most {tolerance:g} nats (the recipe's tolerance)."""
+- Verdict: matched if the difference is at most {tolerance:g} nats (the recipe's tolerance).
+  Within noise: the interval contains 0."""
 
 
 @dataclass

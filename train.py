@@ -40,7 +40,7 @@ ModelOptions = make_dataclass("ModelOptions", OPTIONS)
 
 @dataclass
 class TrainConfig(ModelOptions):
-    """Train a model on prepared data. Options left out: init_from's; scratch:DIR: fresh, DIR's shape."""
+    """Train a model on prepared data. Unset model options are init_from's; scratch:DIR lends its shape."""
 
     out_dir: str = may_change("out/run")  # checkpoints and metrics
     data_dir: str = may_change("data/python")  # made by prepare_data.py; its tokens may not change
@@ -232,7 +232,7 @@ def loop(config: TrainConfig) -> Path:
     """Inheritune step 2 (train), until max_steps or a signal. Returns the last checkpoint."""
     # ---- set up: machine, data, model, optimizer
     hardware, meta, model, teacher, lineages = set_up(config)
-    config = replace(config, dtype=str(hardware.dtype), **asdict(model.config))  # no None and no "auto"
+    config = replace(config, dtype=str(hardware.dtype), **asdict(model.config))  # no None; dtype not "auto"
     device, T, out_dir = hardware.device, config.block_size, Path(config.out_dir)
     train_tokens = data.open_tokens(config.data_dir, "train", T, config.vocab_size)
     val_tokens = data.open_tokens(config.data_dir, "val", T, config.vocab_size)
@@ -260,8 +260,8 @@ def loop(config: TrainConfig) -> Path:
         if start_step == config.max_steps:  # a kill may have cut this short after the last save
             processes.on_rank_0(storage.prune, out_dir, config.keep_checkpoints, stable_steps(config))
             return path
-    elif rank == 0 and (log := out_dir / "metrics.jsonl").is_file():
-        log.replace(out_dir / "metrics-old.jsonl")  # of a run without checkpoints
+    elif rank == 0 and (old := out_dir / "metrics.jsonl").is_file():
+        old.replace(out_dir / "metrics-old.jsonl")  # of a run without checkpoints
 
     # ---- loop: `step` updates have been made
     parallel = processes.distribute(model, device)

@@ -59,9 +59,9 @@ class RecipeConfig(TrainConfig):
         self.seeds = list(dict.fromkeys(self.seeds))  # a seed given twice would count twice
         if not 1 <= self.first_k <= self.n:
             raise UserError(f"start_layers is {self.first_k}, expected 1 to {self.n}, the reference's layers")
-        for key in ("expand_by", "sequences", "max_steps"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key} is {getattr(self, key)}, expected at least 1")
+        for key, least in {"expand_by": 1, "sequences": 1, "max_steps": 1, "seq_len": 2}.items():
+            if getattr(self, key) < least:
+                raise UserError(f"{key} is {getattr(self, key)}, expected at least {least}")
         if self.init_from != "scratch" or self.override or self.teacher:
             raise UserError("init_from, override and teacher are for train.py")
         if self.reference and self.n_layer not in (None, self.n):
@@ -139,8 +139,8 @@ def check(config: RecipeConfig):
                 raise ValueError("its shape is not that of the layers that it takes")
             if bool(model.top) != bool(model.top_layers):
                 raise ValueError("top and top_layers go together: set both or neither")
-            if model.before_decay and config.reference:
-                raise ValueError("a trained reference has no checkpoint before its decay")
+            if model.before_decay and (config.reference or not stable_steps(settings)):
+                raise ValueError("its source has no checkpoint before its decay")
             data.accumulation(settings.tokens_per_step, settings.micro_batch, shape.block_size, world_size)
         except (ValueError, TypeError, UserError) as error:  # TypeError: no such setting
             raise UserError(f"{name}: {error}") from None

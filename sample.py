@@ -41,7 +41,7 @@ def main():
     prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
     ids = encoding.encode_ordinary(prompt) or [encoding.eot_token]
     torch.manual_seed(config.seed)
-    idx = torch.tensor([ids] * config.samples, device=device)  # (samples, T)
+    idx = torch.tensor(ids, device=device).repeat(config.samples, 1)  # (samples, T)
     try:
         idx = model.generate(idx, config.max_new_tokens, config.temperature, config.top_k)
     except ValueError as error:

@@ -17,7 +17,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from ablation import spearman
-from plumbing import figures, model_files, storage
+from plumbing import configurator, figures, model_files, storage
+from plumbing.configurator import UserError
 from report import val_losses
 
 
@@ -25,7 +26,10 @@ def rows(recipe_dir: Path, seed: str, others: list[Path]) -> list[dict]:
     """name, layers, k, AvgRank, mean cost of the layers, loss: one row for each model."""
     recipe = storage.read_json(recipe_dir / "recipe.json")
     reference = recipe_dir / next(path for path in recipe["models"][0]["paths"] if path.startswith(seed))
-    measured = storage.read_json(reference.parent / "attention/attention.json")["layers"]
+    analysis = reference.parent / "attention/attention.json"
+    measured = storage.read_json(analysis)["layers"] if analysis.is_file() else [{}]
+    if "cost" not in measured[0]:
+        raise UserError(f"{analysis} has no costs; run analyze_attention.py --ablate on {reference.parent}")
     max_steps = storage.read_json(reference / "trainer_state.json")["step"]
     paths, found = {}, []
     for model in recipe["models"]:
@@ -78,4 +82,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    configurator.run(main)

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -394,6 +395,8 @@ def test_a_mistake_in_a_baseline_is_named_before_the_first_step(
 
 def test_the_models_of_whole_layers_are_compared_by_rank_and_by_cost(finished, data_dir, tmp_path):
     out_dir = shutil.copytree(finished, tmp_path / "out")
+    with pytest.raises(UserError, match="attention.json has no costs; run analyze_attention.py --ablate"):
+        runpy.run_path(str(ROOT / "runs/which_layers.py"))["rows"](out_dir, "", [])
     arguments = [out_dir / "reference", f"--data_dir={data_dir}", "--ablate", "--sequences=3", "--device=cpu"]
     done = run_script("analyze_attention.py", *arguments)
     assert done.returncode == 0, done.stderr

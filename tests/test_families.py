@@ -190,8 +190,10 @@ def test_a_baseline_that_is_for_gpt2_is_refused_before_the_first_step(llama, dat
 
 def test_a_trained_reference_has_no_checkpoint_before_its_decay(hub_gpt2, tmp_path):
     settings = FREE | {"reference": str(hub_gpt2), "out_dir": str(tmp_path)}
-    with pytest.raises(UserError, match="inherited, WSD: a trained reference has no checkpoint before its decay"):
-        inheritune.recipe(inheritune.RecipeConfig(**settings, start_layers=2, once=["inherited, WSD"]))
+    from_the_first_step = FREE | {"n_layer": 4, "decay_fraction": 1.0, "schedule": "wsd", "warmup_steps": 0}
+    for changes in (settings, from_the_first_step | {"out_dir": str(tmp_path)}):
+        with pytest.raises(UserError, match="inherited, WSD: its source has no checkpoint before its decay"):
+            inheritune.recipe(inheritune.RecipeConfig(**changes, start_layers=2, once=["inherited, WSD"]))
 
 
 def test_text_is_never_written_with_the_tokens_of_another_family(llama, tmp_path, capsys):

@@ -311,6 +311,7 @@ def test_an_edited_setting_of_a_baseline_is_refused(finished, tmp_path, monkeypa
         (["--start_layers=0"], "start_layers is 0, expected 1 to 4"),
         (["--sequences=0"], "sequences is 0, expected at least 1"),
         (["--expand_by=0"], "expand_by is 0, expected at least 1"),
+        (["--seq_len=1"], "seq_len is 1, expected at least 2"),
         (["--init_from=gpt2"], "init_from, override and teacher are"),
         (["--teacher=gpt2"], "override and teacher are"),
         (["--n_head=3"], "reference: "),

@@ -233,7 +233,8 @@ def test_every_format_gives_its_documents_from_paths_folders_and_globs(tmp_path,
 )  # fmt: skip
 def test_a_text_file_is_cut_into_documents(tmp_path, cut, expected):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\nlines\n")
-    (tmp_path / "b.txt").write_bytes(b"last")
+    (tmp_path / "B.TXT").write_bytes(b"last")
+    (tmp_path / "folder.txt").mkdir()
     options = [f"--sample_by={cut}", "--val_fraction=0.2", f"--out={tmp_path / 'out'}"]
     assert prepare("files", tmp_path, *options) == 0 and texts_of(tmp_path / "out") == expected
 

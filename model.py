@@ -1,10 +1,10 @@
 """GPT-2 in one file: configuration, block, model, loss, generation.
 
     python -c "from model import GPTConfig; print(GPTConfig(n_layer=24, n_head=16, n_embd=1024).num_params())"
-    python -m pytest tests/test_model.py        # equals transformers' GPT-2 in float64, gradients too
+    python -m pytest tests/test_model.py      # equals transformers' GPT-2 in float64, gradients too
 
 Every name is GPT-2's own, so a parameter here and a tensor in a Hugging Face GPT-2 checkpoint have
-the same key ("transformer.h.0.attn.c_attn.weight"). Copying layers between models needs little else.
+the same key ("transformer.h.0.attn.c_attn.weight"). Copying layers needs little else.
 
 B batch   T time   C n_embd   nh heads   hs head size   L layers   V vocabulary
 """

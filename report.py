@@ -254,7 +254,7 @@ def report(out_dir: str | Path, animate: bool = False, paper: str = ""):
     commits = ", ".join(sorted({state["versions"]["commit"] for state in states}))
     seeds = ", ".join(sorted({str(state["settings"]["seed"]) for state in states}))
     made_by = states[0]["versions"]
-    text = f"""# {out_dir.name}
+    text = f"""# {out_dir.resolve().name}
 
 {tables[0]}
 

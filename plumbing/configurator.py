@@ -4,8 +4,8 @@
     python train.py config/demo.toml --max_steps=200         # a preset, and what differs from it
     python inheritune.py config/demo.toml --baselines random "random, twice the steps"
 
-tyro makes the command line from the dataclass and checks it. A preset's keys become options in front
-of the user's, so tyro checks them too and the last one wins. [inheritune] is for inheritune.py only.
+tyro makes the command line from the dataclass and checks it. A preset's keys become options before
+the user's, so tyro checks them too and the last one wins. [inheritune] is for inheritune.py only.
 """
 
 import contextlib

@@ -145,7 +145,7 @@ def plot_heads(pictures: list[dict], result: dict, path: Path):
 
 def plot_collapse(lines: list[dict], path: Path):
     """Every tracked measure by layer (down) and step (across), from the lines of metrics.jsonl."""
-    labels = [label for label, value in lines[0].items() if isinstance(value, list)]
+    labels = [label for label in lines[-1] if all(isinstance(line.get(label), list) for line in lines)]
     shown = sorted({0, len(lines) // 2, len(lines) - 1})
     with figure(path, len(labels), size=(4.6, 3.2), title=conditions(lines[0])) as axes:
         for axis, label in zip(axes, labels, strict=True):

@@ -4,8 +4,8 @@
     python -m pytest tests/test_muon.py    # equals torch.optim.Muon, bit for bit
 
 Muon (Jordan et al., 2024) makes the steps in all directions of a matrix equally long. It is not the
-paper's optimizer. torch.optim.Muon always computes in bfloat16. On a CPU that has to emulate it, that
-took nearly half of the demo's time. This one computes in the arithmetic of the run.
+paper's optimizer. torch.optim.Muon always computes in bfloat16. On a CPU that emulates it, that took
+nearly half of the demo's time. This one computes in the arithmetic of the run.
 """
 
 import re

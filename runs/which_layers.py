@@ -35,7 +35,7 @@ def rows(recipe_dir: Path, seed: str, others: list[Path]) -> list[dict]:
     for model in recipe["models"]:
         for path in (each for each in model["paths"] if each.startswith(seed)):
             paths[model["name"]] = recipe_dir / path
-    for name, path in (paths | {each.name: storage.latest(each) for each in others}).items():
+    for name, path in (paths | {each.name: model_files.resolve(each) for each in others}).items():
         if not (path / "lineage.json").exists():  # random weights
             continue
         lineage = storage.read_json(path / "lineage.json")

@@ -3,9 +3,10 @@
     python runs/without_attention.py 8: config/study_cpu.toml --init_from=out/study_cpu/seed-1/reference \
         --seed=1 --out_dir=out/better/without-attention-8-11
 
-The first argument lists the layers, as in inherit.py. The others are train.py's. The attention weights of
-these layers stay in the checkpoint without effect, and train.py's FLOPs still count them. The results are
-its validation losses: the checkpoint computes something else when it is loaded without this script.
+For GPT-2 alone. The first argument lists the layers, as in inherit.py. The others are train.py's. The
+attention weights of these layers stay in the checkpoint without effect, and train.py's FLOPs still count
+them. The results are its validation losses: the checkpoint computes something else when it is loaded
+without this script.
 """
 
 import sys

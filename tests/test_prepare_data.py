@@ -277,7 +277,7 @@ def test_files_of_one_name_or_an_edited_file_are_not_mixed_up_in_the_cache(tmp_p
         ("b.jsonl", '{"text": "a"}\n{"body": "b"}\n', "KeyError: 'text'; fix it, or set --text_column"),
         ("b.jsonl", '{"text": "a"}\n{"text": 7}\n', "'{\"text\": 7}': AttributeError"),
         ("b.jsonl", '{"text": "a"}\n'.encode("utf-16"), "b.jsonl: not read as .jsonl"),
-        ("b.jsonl", gzip.compress(b"\xff\xfe\x00"), "b.jsonl: not read as .jsonl"),
+        ("b.jsonl", gzip.compress(b"\xff\xfe\x00", mtime=0), "b.jsonl: not read as .jsonl"),
         ("b.txt", "text\n".encode("utf-16"), "b.txt: not read as .txt"),
         ("b.json", '[{"text":', "b.json: not read as .json"),
         ("b.json", "[]", "b.json: not read as .json"),

@@ -5,8 +5,6 @@
 # Each sets itself up: a virtual environment in .venv with the pinned requirements.
 
 PYTHON ?= python3
-# Python compiles a module when it is first imported. To compile all of them takes half of an installation.
-INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: demo test lint bench clean
 
@@ -31,9 +29,9 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/installed: requirements.txt | .venv/bin/python
-	$(INSTALL) -r requirements.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 .venv/installed-dev: requirements-dev.txt .venv/installed
-	$(INSTALL) -r requirements-dev.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@

@@ -211,8 +211,8 @@ def identity(config: AnalyzeConfig) -> dict:
         groups = [list(map(int, each.split(":"))) for each in config.groups.split(",") if each]
         heads = [list(map(int, each.split("."))) for each in config.heads.split(",") if each]
         least = min(config.seq_len - 1, config.sequences, config.micro_batch)
-        inside = all(-1 < a < b <= L for a, b in groups) and all(-1 < i < L and -1 < h < H for i, h in heads)
-        if least < 1 or not inside or not all(0 < tau <= 0.999 for tau in taus):  # above, rounding decides
+        fits = all(0 <= a < b <= L for a, b in groups) and all(0 <= i < L and 0 <= h < H for i, h in heads)
+        if least < 1 or not fits or not all(0 < tau <= 0.999 for tau in taus):  # above, rounding decides
             raise ValueError
     except ValueError:
         expected = f"0 < tau <= 0.999, groups like 0:{L}, heads like {L - 1}.0, seq_len >= 2, others >= 1"

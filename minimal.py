@@ -117,7 +117,7 @@ def main(steps):
 
     for name, values in (ranks | {"reference": max_rank(reference), "target": max_rank(target)}).items():
         print(f"MaxRank by layer, {name:<9}", *(f"{rank:5.1f}" for rank in values))
-    print("\nmodel         layers  parameters  steps    all that led to it  validation loss, nats per byte")
+    print("\nmodel         layers  parameters  steps          steps in all  validation loss, nats per byte")
     rows = ("reference", reference, steps), ("inherited", target, total), ("random", random, steps)
     for name, model, spent in rows:
         shape = f"{model.config.n_layer:>6}  {model.config.num_params():>10,}"

@@ -147,7 +147,7 @@ def find_files(names: tuple[str, ...], out: Path) -> list[Path]:
         if os.path.isdir(name):
             pattern += "/**"
         matches = sorted(glob.glob(pattern, recursive=True))
-        matches = [Path(path) for path in matches if ending(path) in ENDINGS and os.path.isfile(path)]
+        matches = [Path(path) for path in matches if ending(path) in ENDINGS and not os.path.isdir(path)]
         if not matches:
             raise UserError(f"{name}: found no file of {' '.join(ENDINGS)}, or .gz; check the path")
         found += [p for p in matches if p.stat().st_size and out not in p.resolve().parents]

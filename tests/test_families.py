@@ -188,7 +188,7 @@ def test_a_baseline_that_is_for_gpt2_is_refused_before_the_first_step(llama, dat
         inheritune.recipe(inheritune.RecipeConfig(**settings, start_layers=2, baselines=[name]))
 
 
-def test_a_trained_reference_has_no_checkpoint_before_its_decay(hub_gpt2, tmp_path):
+def test_a_source_without_a_checkpoint_before_its_decay_is_refused(hub_gpt2, tmp_path):
     settings = FREE | {"reference": str(hub_gpt2), "out_dir": str(tmp_path)}
     from_the_first_step = FREE | {"n_layer": 4, "decay_fraction": 1.0, "schedule": "wsd", "warmup_steps": 0}
     for changes in (settings, from_the_first_step | {"out_dir": str(tmp_path)}):

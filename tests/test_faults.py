@@ -171,7 +171,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_was_there(data_dir,
 # ---- signals (57, 58, 59)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])  # TERM and HUP: with torchrun, below
 def test_a_signal_saves_and_stops_and_the_run_goes_on_to_the_same_bits(data_dir, tmp_path, number):
     with running(data_dir, tmp_path / "run", save_interval=100_000, eval_interval=100_000) as process:
         wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(read_metrics(tmp_path / "run")) > 5)

@@ -95,9 +95,8 @@ def write_files(encoding, directory: Path):
     pairs = [pair for pair in pairs if ranks.keys() >= set(pair)]
     merges = [(spelled[left], spelled[right]) for left, right in pairs]
     rust = tokenizers.Tokenizer(tokenizers.models.BPE({spelled[t]: ranks[t] for t in ranks}, merges))
-    # GPT-2's pattern cuts the text into words; without merges there is no need to cut
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bool(merges))
-    rust.pre_tokenizer, rust.decoder = byte_level, tokenizers.decoders.ByteLevel()
+    rust.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2's words
+    rust.decoder = tokenizers.decoders.ByteLevel()
     rust.add_special_tokens([END_OF_TEXT])  # the next id
     rust.save(str(directory / "tokenizer.json"))
     tokenizer_config = {

@@ -28,7 +28,7 @@ FILE_LINES, FUNCTION_LINES, LOOP_LINES, RAISES = 350, 60, 100, 90
 # Not yet within their budgets: 3,400 lines in all, 2,300 at the top; loaded by analyze_attention 1,200.
 # These numbers are what was reached. The first two rose from 3,870 and 2,580 with other families, tokenizers of models,
 # half width; then with Muon and ablation.py; then with the block that is compiled for all layers.
-LINES, TOP_LINES, LONG_SHARE = 4424, 2857, 0.05
+LINES, TOP_LINES, LONG_SHARE = 4423, 2857, 0.05
 CLOSURES = {"train": 1400, "inherit": 850, "analyze_attention": 1530}  # lines that a script loads at its start
 
 
